@@ -1,0 +1,22 @@
+"Packaging: everything that describes the package stands in settings.ini."
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+ini = ConfigParser(delimiters=["="])
+ini.read(here/"settings.ini", encoding="utf-8")
+cfg = ini["DEFAULT"]
+lines = lambda key: cfg[key].strip().splitlines()
+
+setup(
+    version=re.search(r'__version__ = "(.+)"', (here/"seqgpt/__init__.py").read_text())[1],
+    description=cfg["description"], author=cfg["author"], license=cfg["license"],
+    long_description=(here/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
+    keywords=cfg["keywords"].split(), classifiers=lines("classifiers"), python_requires=f">={cfg['min_python']}",
+    packages=["seqgpt"], package_data={"seqgpt": ["*.yaml"]},
+    install_requires=lines("requirements"), extras_require={"dev": lines("dev_requirements")},
+    entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["seqgpt=seqgpt._modidx:d"]},
+)
