@@ -7,7 +7,7 @@ __all__ = ['BadLine', 'symbol_ids', 'frame', 'read_label', 'parse_line', 'corpus
            'fingerprint', 'Corpus', 'encode_rows', 'id_type', 'write_arrow', 'read_corpus', 'Split', 'split_corpus',
            'collate', 'plot_batch', 'write_corpus']
 
-# %% ../nbs/01_data.ipynb #837e88f5
+# %% ../nbs/01_data.ipynb #6d2182b6
 import gzip
 import hashlib
 import json
@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
+import seaborn as sns
 import torch
 from datasets import Dataset
 from sklearn.model_selection import train_test_split
@@ -323,14 +325,12 @@ def collate(
     batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(~real, -100)}
     return batch if real.all() else {**batch, "attention_mask": real.long()}
 
-# %% ../nbs/01_data.ipynb #35edb271
+# %% ../nbs/01_data.ipynb #d3826854
 def plot_batch(
     batch: dict[str, torch.Tensor], # From `collate`
     tokenizer, # To write the symbols
 ):
     "Draws inputs, labels and attention mask of a small batch beneath each other, as coloured cells."
-    import matplotlib.pyplot as plt
-    import seaborn as sns
     ids = batch["input_ids"].numpy()
     names = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).numpy()
