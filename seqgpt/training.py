@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Config', 'check_config', 'pick_precision', 'token_sums', 'ExactMetrics', 'Interrupted', 'StopOnSignal',
-           'Diverged', 'StopWhenNotFinite', 'save_model', 'write_config', 'model_card', 'KeepBest', 'recent_perplexity',
-           'Bar', 'find_checkpoint', 'Run', 'training_arguments', 'train', 'clear_run', 'plot_curves']
+           'Diverged', 'StopWhenNotFinite', 'save_model', 'write_config', 'read_config', 'model_card', 'KeepBest',
+           'recent_perplexity', 'Bar', 'find_checkpoint', 'Run', 'load_data', 'training_arguments', 'train',
+           'clear_run', 'plot_curves']
 
-# %% ../nbs/04_training.ipynb #6f022f67
+# %% ../nbs/04_training.ipynb #14f32cd2
 import json
 import math
 import os
@@ -26,11 +27,11 @@ import torch.nn.functional as F
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import collate, read_corpus, split_corpus
+from .data import Corpus, Split, collate, read_corpus, split_corpus
 from .model import count_parameters, make_config, new_model
 from .tokenizer import SPECIALS, InputError, make_tokenizer, save_tokenizer
 
@@ -71,7 +72,7 @@ class Config:
     n_embd: int = 384 # Dimensions of a token
     model: dict = field(default_factory=dict) # Any other field of GPT2Config, such as resid_pdrop: 0.2
 
-# %% ../nbs/04_training.ipynb #0874b942
+# %% ../nbs/04_training.ipynb #e0671b4b
 def check_config(
     config: Config,
 ):
@@ -81,6 +82,7 @@ def check_config(
         if not 0 < getattr(config, name) < math.inf: raise InputError(f"{name} is {getattr(config, name)}. It must be more than 0.")
     for name in ("eval_steps", "early_stopping_patience", "warmup_steps", "weight_decay", "seed"):
         if not 0 <= getattr(config, name) < math.inf: raise InputError(f"{name} is {getattr(config, name)}. It must be 0 or more.")
+    if config.data_path is None: raise InputError("No data. Name it with --data_path.")
     if not 0 < config.validation_fraction < 1: raise InputError(f"validation_fraction is {config.validation_fraction}. It must lie between 0 and 1.")
     if config.precision not in PRECISIONS: raise InputError(f"precision is {config.precision!r}. Choose {', '.join(PRECISIONS)}.")
     if config.resume and config.overwrite: raise InputError("Choose one of --resume (go on) and --overwrite (start again).")
@@ -162,7 +164,7 @@ class StopWhenNotFinite(TrainerCallback):
                 raise Diverged(f"The {name} at step {state.global_step} is {value}: training has diverged. The best model so far is kept.\n"
                                f"Start again with a lower --learning_rate (it was {args.learning_rate:g}), or with --warmup_steps 0.05 or --precision fp32.")
 
-# %% ../nbs/04_training.ipynb #b9d40d62
+# %% ../nbs/04_training.ipynb #780deff3
 def save_model(
     folder: str | Path, # Where it shall stand
     model, # A GPT-2
@@ -191,6 +193,13 @@ def write_config(
 ):
     "Writes the resolved configuration, to be used again with `--config`."
     Path(path).write_text(yaml.safe_dump({**asdict(config), "overwrite": False, "resume": False}, sort_keys=False), encoding="utf-8")
+
+def read_config(
+    path: str | Path, # What `write_config` wrote
+) -> Config:
+    "The configuration in a YAML file; raises `InputError` where there is none."
+    try: return Config(**yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as e: raise InputError(f"{path}: not the configuration of a run ({' '.join(str(e).split())}).") from e
 
 def model_card(
     model, # A GPT-2
@@ -222,9 +231,9 @@ print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_length={c.n_
 ```
 """
 
-# %% ../nbs/04_training.ipynb #1021f829
+# %% ../nbs/04_training.ipynb #6d8cb18d
 class KeepBest(TrainerCallback):
-    "At each validation: prints a line, and writes `best_model` where the loss is the lowest so far."
+    "At each validation: prints a line, writes `best_model` where the loss is the lowest so far, stops where it no longer falls."
     def __init__(self,
         output_dir: Path, # Where `best_model` shall stand
         tokenizer, # To save with the model
@@ -241,8 +250,10 @@ class KeepBest(TrainerCallback):
         if state.is_world_process_zero: tqdm.write(f"{'epoch':>6} {'step':>7} {'train PPL':>10} {'val PPL':>9} {'accuracy':>9} {'tokens/s':>9}")
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
-        if not state.is_world_process_zero: return
         best = state.best_metric is None or metrics["eval_loss"] < state.best_metric
+        without = 0 if best else sum("eval_loss" in log and log["step"] > state.best_global_step for log in state.log_history)
+        if 0 < self.config.early_stopping_patience <= without: control.should_training_stop = True
+        if not state.is_world_process_zero: return
         found = {"perplexity": metrics["eval_perplexity"], "accuracy": metrics["eval_accuracy"], "train_perplexity": recent_perplexity(state.log_history),
                  "epoch": round(state.epoch, 4), "step": state.global_step}
         if best: save_model(self.output_dir/"best_model", model, self.tokenizer, self.config, found)
@@ -266,7 +277,7 @@ class Bar(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs: self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
-# %% ../nbs/04_training.ipynb #349fff84
+# %% ../nbs/04_training.ipynb #bd080578
 def find_checkpoint(
     config: Config,
     fingerprint: str, # Of the encoded data
@@ -281,7 +292,7 @@ def find_checkpoint(
     if checkpoint is None:
         tqdm.write(f"{out}: no checkpoint to go on from; starting from the beginning.")
         return None
-    before, now = yaml.safe_load((out/"config.yaml").read_text(encoding="utf-8")), asdict(config)
+    before, now = asdict(read_config(out/"config.yaml")), asdict(config)
     fixed = ("max_length", "long", "validation_fraction", "batch_size", "gradient_accumulation_steps", "seed", "n_layer", "n_head", "n_embd", "model")
     differ = [f"{name} (was {before[name]}, is {now[name]})" for name in fixed if before[name] != now[name]]
     if json.loads((out/"split.json").read_text())["fingerprint"] != fingerprint: differ.append("the data or the vocabulary")
@@ -299,6 +310,15 @@ class Run:
     history: list[dict] # What `Trainer` wrote down: losses, learning rates, validations
 
     def __repr__(self): return f"{self.output_dir}/best_model: " + ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+
+# %% ../nbs/04_training.ipynb #4356bd6b
+def load_data(
+    config: Config,
+    tokenizer, # From `make_tokenizer`
+) -> tuple[Corpus, Split]:
+    "The encoded data of `config`, and its two parts: the same ones whenever they are asked for."
+    corpus = read_corpus(config.data_path, tokenizer, config.max_length, config.long, config.skip_bad_lines, cache_dir=config.cache_dir)
+    return corpus, split_corpus(corpus.dataset, config.validation_fraction, config.seed)
 
 # %% ../nbs/04_training.ipynb #84908936
 def training_arguments(
@@ -321,20 +341,18 @@ def training_arguments(
     args.logging_steps = min(config.logging_steps, args.eval_steps)
     return args
 
-# %% ../nbs/04_training.ipynb #9a5bae04
+# %% ../nbs/04_training.ipynb #996ea231
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
 ) -> Run:
     "Trains a GPT-2 from scratch; raises `InputError` before anything is written, `Interrupted` or `Diverged` later."
     check_config(config)
-    if config.data_path is None: raise InputError("No data. Name it with --data_path.")
     data, out = Path(config.data_path), Path(config.output_dir)
     vocab_path = config.vocab_path or (data if data.is_dir() else data.parent)/"vocab.json"
     tokenizer = make_tokenizer(vocab_path, **{role: getattr(config, role) for role in SPECIALS})
     model_config = make_config(tokenizer, config.max_length, config.n_layer, config.n_head, config.n_embd, **config.model)
-    corpus = read_corpus(data, tokenizer, config.max_length, config.long, config.skip_bad_lines, cache_dir=config.cache_dir)
-    split = split_corpus(corpus.dataset, config.validation_fraction, config.seed)
+    corpus, split = load_data(config, tokenizer)
     args = training_arguments(config, len(split.train))
     checkpoint = find_checkpoint(config, corpus.report["fingerprint"])
     if args.process_index == 0:
@@ -347,10 +365,9 @@ def train(
     model = new_model(model_config, config.seed)
     stop = StopOnSignal()
     trainer = Trainer(
-        model, args, partial(collate, pad_token_id=tokenizer.pad_token_id), split.train, split.validation,
+        model, args, partial(collate, pad_token_id=tokenizer.pad_token_id), split.train, split.validation, tokenizer,
         compute_metrics=ExactMetrics(), preprocess_logits_for_metrics=token_sums,
         callbacks=[TensorBoardCallback(SummaryWriter(out/"runs")), StopWhenNotFinite(), KeepBest(out, tokenizer, config), stop, *callbacks])
-    if config.early_stopping_patience: trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
     with stop: trainer.train(resume_from_checkpoint=checkpoint)
     history = trainer.state.log_history
