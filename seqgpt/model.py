@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['make_config', 'new_model', 'exact_loss', 'count_parameters', 'load_model']
 
-# %% ../nbs/03_model.ipynb #2a4cd794
+# %% ../nbs/03_model.ipynb #291dd550
 import difflib
 from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils.logging import disable_progress_bar
 
 from .tokenizer import InputError
 
@@ -67,7 +68,9 @@ def count_parameters(
         parts[next((part for key, part in names.items() if key in name), name)] += p.numel()
     return {**{part: n for part, n in parts.items() if n}, "all": sum(parts.values())}
 
-# %% ../nbs/03_model.ipynb #613afb0f
+# %% ../nbs/03_model.ipynb #0ac00a80
+disable_progress_bar() # Transformers' bar for reading or writing one small file
+
 def load_model(
     folder: str | Path, # A folder with `config.json` and `model.safetensors`
 ) -> GPT2LMHeadModel: # In evaluation mode, 32-bit weights

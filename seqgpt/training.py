@@ -231,7 +231,7 @@ print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_length={c.n_
 ```
 """
 
-# %% ../nbs/04_training.ipynb #6d8cb18d
+# %% ../nbs/04_training.ipynb #49d8aa90
 class KeepBest(TrainerCallback):
     "At each validation: prints a line, writes `best_model` where the loss is the lowest so far, stops where it no longer falls."
     def __init__(self,
@@ -273,7 +273,11 @@ def recent_perplexity(
     return math.exp(min(sum(losses)/len(losses), 700)) if losses else math.nan
 
 class Bar(ProgressCallback):
-    "A progress bar with the loss beside it, instead of a line for each log."
+    "A progress bar with the loss beside it, instead of a line for each log; its rate counts the steps of this run only."
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None: self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs: self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
@@ -341,7 +345,7 @@ def training_arguments(
     args.logging_steps = min(config.logging_steps, args.eval_steps)
     return args
 
-# %% ../nbs/04_training.ipynb #996ea231
+# %% ../nbs/04_training.ipynb #7d6a6595
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -367,7 +371,8 @@ def train(
     trainer = Trainer(
         model, args, partial(collate, pad_token_id=tokenizer.pad_token_id), split.train, split.validation, tokenizer,
         compute_metrics=ExactMetrics(), preprocess_logits_for_metrics=token_sums,
-        callbacks=[TensorBoardCallback(SummaryWriter(out/"runs")), StopWhenNotFinite(), KeepBest(out, tokenizer, config), stop, *callbacks])
+        callbacks=[StopWhenNotFinite(), KeepBest(out, tokenizer, config), stop, *callbacks])
+    if args.process_index == 0: trainer.add_callback(TensorBoardCallback(SummaryWriter(out/"runs")))
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
     with stop: trainer.train(resume_from_checkpoint=checkpoint)
     history = trainer.state.log_history
