@@ -21,7 +21,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from .model import load_model
 from .tokenizer import InputError, load_tokenizer
 
-# %% ../nbs/06_inference.ipynb #0db7c226
+# %% ../nbs/06_inference.ipynb #cff2cce5
 def encode_prompt(
     tokenizer, # Of the model
     prompt: str | list[str] = "", # Symbols, as a list or with spaces between; empty: the beginning of a sequence
@@ -31,7 +31,7 @@ def encode_prompt(
     vocab = tokenizer.get_vocab()
     for k, s in enumerate(symbols, 1):
         if s not in vocab:
-            near = difflib.get_close_matches(s, vocab, 1)
+            near = difflib.get_close_matches(s, vocab, 1, cutoff=0.4)
             raise InputError(f"Symbol {k} of the prompt, {s!r}, is not in the vocabulary." + (f" Did you mean {near[0]!r}?" if near else ""))
     ids = [vocab[s] for s in symbols]
     return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['make_config', 'new_model', 'exact_loss', 'count_parameters', 'load_model']
 
-# %% ../nbs/03_model.ipynb #291dd550
+# %% ../nbs/03_model.ipynb #b4412486
 import difflib
 from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 from transformers.utils.logging import disable_progress_bar
 
 from .tokenizer import InputError
 
-# %% ../nbs/03_model.ipynb #a579d46d
+# %% ../nbs/03_model.ipynb #b82128ac
 def make_config(
     tokenizer, # From `make_tokenizer`; gives the vocabulary and the special tokens
     max_length: int = 1024, # Positions
@@ -36,6 +37,8 @@ def make_config(
     derived = dict(vocab_size=len(tokenizer), n_positions=max_length, bos_token_id=tokenizer.bos_token_id,
                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     if clash := derived.keys() & fields.keys(): raise InputError(f"{', '.join(sorted(clash))}: follows from the vocabulary and max_length, and cannot be set.")
+    activation = fields.get("activation_function", "gelu_new")
+    if activation not in ACT2FN: raise InputError(f"There is no activation_function {activation!r}. Choose from {', '.join(sorted(ACT2FN))}.")
     defaults = dict(attn_pdrop=0.0, activation_function="gelu_pytorch_tanh")
     try: return GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **derived, **{**defaults, **fields})
     except Exception as e: raise InputError(f"The model cannot be configured so: {' '.join(str(e).split())}") from e

@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'Config', 'check_config', 'pick_precision', 'token_sums
            'recent_perplexity', 'Bar', 'find_checkpoint', 'Run', 'load_data', 'training_arguments', 'train',
            'clear_run', 'plot_curves']
 
-# %% ../nbs/04_training.ipynb #14f32cd2
+# %% ../nbs/04_training.ipynb #86573354
 import json
 import math
 import os
@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from .data import Corpus, Split, collate, read_corpus, split_corpus
 from .model import count_parameters, make_config, new_model
@@ -72,7 +72,7 @@ class Config:
     n_embd: int = 384 # Dimensions of a token
     model: dict = field(default_factory=dict) # Any other field of GPT2Config, such as resid_pdrop: 0.2
 
-# %% ../nbs/04_training.ipynb #e0671b4b
+# %% ../nbs/04_training.ipynb #e73a94c0
 def check_config(
     config: Config,
 ):
@@ -85,6 +85,8 @@ def check_config(
     if config.data_path is None: raise InputError("No data. Name it with --data_path.")
     if not 0 < config.validation_fraction < 1: raise InputError(f"validation_fraction is {config.validation_fraction}. It must lie between 0 and 1.")
     if config.precision not in PRECISIONS: raise InputError(f"precision is {config.precision!r}. Choose {', '.join(PRECISIONS)}.")
+    kinds = [kind.value for kind in SchedulerType]
+    if config.lr_scheduler_type not in kinds: raise InputError(f"lr_scheduler_type is {config.lr_scheduler_type!r}. Choose from {', '.join(kinds)}.")
     if config.resume and config.overwrite: raise InputError("Choose one of --resume (go on) and --overwrite (start again).")
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -345,7 +347,7 @@ def training_arguments(
     args.logging_steps = min(config.logging_steps, args.eval_steps)
     return args
 
-# %% ../nbs/04_training.ipynb #7d6a6595
+# %% ../nbs/04_training.ipynb #ee44f150
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -359,6 +361,7 @@ def train(
     corpus, split = load_data(config, tokenizer)
     args = training_arguments(config, len(split.train))
     checkpoint = find_checkpoint(config, corpus.report["fingerprint"])
+    model = new_model(model_config, config.seed)
     if args.process_index == 0:
         tqdm.write(f"{corpus}\n{split}")
         if config.overwrite: clear_run(out)
@@ -366,7 +369,6 @@ def train(
         write_config(config, out/"config.yaml")
         indices = {"fingerprint": corpus.report["fingerprint"], "train": split.train_index.tolist(), "validation": split.validation_index.tolist()}
         (out/"split.json").write_text(json.dumps(indices))
-    model = new_model(model_config, config.seed)
     stop = StopOnSignal()
     trainer = Trainer(
         model, args, partial(collate, pad_token_id=tokenizer.pad_token_id), split.train, split.validation, tokenizer,

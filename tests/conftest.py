@@ -1,0 +1,82 @@
+"Everything is offline, small, and in a folder of its own."
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", MPLBACKEND="agg")
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+import contextlib
+import io
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 16 --learning_rate 3e-3".split()
+NOTES = ["C4", "D4", "E4", "F4", "G4"]
+VOCAB = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *NOTES])}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def melodies():
+    "200 melodies: up or down the scale from a random note, labelled."
+    rng = np.random.default_rng(0)
+    starts, ups = rng.integers(5, size=200), rng.integers(2, size=200)
+    walk = lambda start, up, n: [NOTES[(start + (k if up else -k)) % 5] for k in range(n)]
+    return [(walk(s, u, int(rng.integers(3, 12))), int(u)) for s, u in zip(starts, ups)]
+
+
+def write_lines(folder, lines, vocab=VOCAB):
+    "A corpus of given lines; bytes are written as they are."
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/"vocab.json").write_text(json.dumps(vocab))
+    (folder/"data.jsonl").write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines) + b"\n")
+    return folder/"data.jsonl"
+
+
+def seqgpt(*args, cwd, input=""):
+    "Runs the command in `cwd`, in this process: starting a new one costs seconds."
+    from seqgpt.cli import main
+    with contextlib.chdir(cwd), redirect(io.StringIO(input)) as (out, err): code = main([str(a) for a in args])
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def redirect(stdin):
+    "Standard input from `stdin`, standard output and error into strings."
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        before, sys.stdin = sys.stdin, stdin
+        try: yield out, err
+        finally: sys.stdin = before
+
+
+def installed(*args, cwd):
+    "Runs the installed command in `cwd`."
+    return subprocess.run(["seqgpt", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def refused(result, *words):
+    "Exit code 2, one to three lines that hold `words`, no traceback."
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert 1 <= len(lines) <= 3 and "Traceback" not in result.stderr, result.stderr
+    for word in words: assert word in result.stderr, f"{word!r} is not in {result.stderr!r}"
+
+
+@pytest.fixture(scope="session")
+def trained(melodies, tmp_path_factory):
+    "The folder of a finished run on the melodies, with the output of the command."
+    folder = tmp_path_factory.mktemp("trained")
+    write_lines(folder, [{"tokens": t, "label": l} for t, l in melodies])
+    result = installed("train", "--data_path", "data.jsonl", "--num_epochs", 2, "--max_length", 16, *TINY, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (folder/"printed.txt").write_text(result.stdout)
+    return folder

@@ -1,0 +1,231 @@
+"The installed command, as a user types it."
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import NOTES, ROOT, TINY, VOCAB, installed, refused, seqgpt, write_lines
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer
+
+RUN = ["train", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
+
+
+@pytest.fixture
+def corpus(melodies, tmp_path):
+    write_lines(tmp_path, [{"tokens": t, "label": l} for t, l in melodies])
+    return tmp_path
+
+
+# --- what a finished run leaves behind
+
+def test_outputs_are_complete(trained):
+    model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "vocab.json", "merges.txt", "config.yaml", "metrics.json", "README.md"}
+    assert model <= {p.name for p in (trained/"outputs/best_model").iterdir()}
+    assert model == {p.name for p in (trained/"outputs/final_model").iterdir()}
+    for name in ("training_curves.png", "samples.jsonl", "split.json", "config.yaml", "best_model/evaluation/metrics.json", "best_model/evaluation/evaluation.png"):
+        assert (trained/"outputs"/name).stat().st_size > 0, name
+    assert any((trained/"outputs/runs").glob("events.out.tfevents.*"))
+    assert not [p for p in trained.rglob(".*.new")] + [p for p in trained.rglob(".*.old")]
+    split = json.loads((trained/"outputs/split.json").read_text())
+    assert sorted(split["train"] + split["validation"]) == list(range(200)) and len(split["validation"]) == 40
+
+
+def test_plain_transformers_opens_the_folder(trained):
+    folder, text = trained/"outputs/best_model", "<bos> C4 E4 G4"
+    model, auto = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = auto(text, return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [[VOCAB[s] for s in text.split()]] and auto.decode(ids[0]) == text
+    assert GPT2Tokenizer.from_pretrained(folder)(text)["input_ids"] == ids[0].tolist()
+    with torch.no_grad(): assert torch.equal(model(ids).logits, GPT2LMHeadModel.from_pretrained(folder)(ids).logits)
+    assert model.config.use_cache and model.generation_config.eos_token_id == VOCAB["<eos>"]
+    assert auto.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0]).startswith(text)
+
+
+def test_printed_metrics_are_those_of_transformers(trained):
+    metrics = json.loads((trained/"outputs/best_model/evaluation/metrics.json").read_text())
+    assert f"{metrics['perplexity']:.4g}" in (trained/"printed.txt").read_text()
+    model = AutoModelForCausalLM.from_pretrained(trained/"outputs/best_model").eval()
+    lines = [json.loads(line)["tokens"] for line in open(trained/"data.jsonl")]
+    nats = right = n = 0
+    for k in json.loads((trained/"outputs/split.json").read_text())["validation"]:
+        ids = torch.tensor([[1, *(VOCAB[s] for s in lines[k]), 2]])
+        with torch.no_grad(): out = model(ids, labels=ids)
+        nats, n = nats + out.loss.item()*(ids.shape[1] - 1), n + ids.shape[1] - 1
+        right += (out.logits[0, :-1].argmax(-1) == ids[0, 1:]).sum().item()
+    assert metrics["tokens"] == n and metrics["sequences"] == 40
+    assert np.isclose(metrics["perplexity"], np.exp(nats/n), rtol=1e-5) and np.isclose(metrics["accuracy"], right/n)
+    assert np.isclose(metrics["nats_per_sequence"], nats/40, rtol=1e-5) and np.isclose(metrics["bits_per_token"], nats/n/np.log(2), rtol=1e-5)
+
+
+# --- evaluate
+
+def test_evaluate(trained, tmp_path):
+    result = installed("evaluate", "--model_path", "outputs/best_model", "--out_dir", tmp_path/"e", cwd=trained)
+    assert result.returncode == 0 and "trigram" in result.stdout, result.stderr
+    whole = json.loads((tmp_path/"e/metrics.json").read_text())
+    assert {"perplexity", "accuracy", "nats_per_sequence", "bits_per_token", "sequences", "tokens", "perplexity_without_eos", "baselines"} <= whole.keys()
+    write_lines(tmp_path/"other", [{"tokens": NOTES}, {"tokens": NOTES[::-1]}])
+    result = seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", tmp_path/"other/data.jsonl", "--out_dir", tmp_path/"o", cwd=tmp_path)
+    assert result.returncode == 0 and json.loads((tmp_path/"o/metrics.json").read_text())["tokens"] == 12, result.stderr
+
+
+def test_evaluate_refuses_changed_data(corpus):
+    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0
+    with open(corpus/"data.jsonl", "a") as f: f.write('{"tokens": ["C4"]}\n')
+    refused(seqgpt("evaluate", "--model_path", "outputs/best_model", cwd=corpus), "has changed since the training", "--data_path")
+    refused(seqgpt("evaluate", "--model_path", "nowhere", cwd=corpus), "nowhere", "outputs/best_model")
+
+
+# --- infer
+
+def test_generate_continues_and_repeats_with_the_seed(trained, tmp_path):
+    ask = lambda *args: seqgpt("infer", "--model_path", trained/"outputs/best_model", "--mode", "generate", *args, cwd=tmp_path)
+    one, again, other = (ask("--prompt", "C4 D4", "--num_samples", 5, "--seed", s) for s in (1, 1, 2))
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == again.stdout != other.stdout
+    assert all(line.split()[:2] == ["C4", "D4"] and set(line.split()) <= set(NOTES) for line in one.stdout.splitlines()) and len(one.stdout.splitlines()) == 5
+    greedy = [ask("--temperature", 0, "--prompt", "C4", "--seed", s).stdout for s in (1, 2)]
+    assert greedy[0] == greedy[1]
+    result = ask("--prompt_file", trained/"data.jsonl", "--num_prompts", 3, "--num_samples", 2, "--out_dir", tmp_path/"s")
+    rows = [json.loads(line) for line in (tmp_path/"s/samples.jsonl").read_text().splitlines()]
+    assert result.returncode == 0 and len(rows) == 6 and {"tokens", "given", "finished"} == rows[0].keys()
+
+
+def test_infer_mistakes(trained):
+    ask = lambda *args: seqgpt("infer", "--model_path", "outputs/best_model", *args, cwd=trained)
+    refused(ask("--mode", "generate", "--prompt", "C4 D5"), "Symbol 2", "'D5'", "Did you mean")
+    refused(ask("--mode", "generate", "--prompt", " ".join(["C4"]*20)), "no room")
+    refused(ask("--mode", "generate", "--top_p", "2"), "top_p is 2")
+    refused(ask("--mode", "classfy"), "mode")
+    refused(ask("--mode", "generate", "--prompt_file", "none.jsonl"), "none.jsonl")
+    refused(seqgpt("infer", cwd=trained), "model_path")
+
+
+def test_interactive_shows_bars_and_takes_symbols(trained):
+    result = seqgpt("infer", "--model_path", "outputs/best_model", "--top", 3, cwd=trained, input="C4 D4\nH9\n\n/sample\n/back\n/clear\n/quit\n")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("█") and "2 symbols: C4 D4" in result.stdout and "'H9', is not in the vocabulary" in result.stdout
+    assert seqgpt("infer", "--model_path", "outputs/best_model", cwd=trained, input="").returncode == 0
+
+
+# --- runs in each other's way, interrupted runs
+
+def files(folder): return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_never_overwrites_unless_told(corpus):
+    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0
+    before = files(corpus/"outputs")
+    refused(seqgpt(*RUN, "--max_steps", 2, cwd=corpus), "outputs", "--resume", "--overwrite", "--output_dir")
+    refused(seqgpt(*RUN, "--overwrite", "--n_head", 3, cwd=corpus), "n_embd (16) is not divisible by n_head (3)")
+    assert files(corpus/"outputs") == before
+    assert seqgpt(*RUN, "--max_steps", 3, "--overwrite", cwd=corpus).returncode == 0
+    assert json.loads((corpus/"outputs/final_model/metrics.json").read_text())["step"] == 3
+
+
+def interrupt(folder, sig, *args):
+    "Starts a run, interrupts it behind its first validation, returns exit code and messages."
+    run = subprocess.Popen(["seqgpt", *map(str, RUN), *map(str, args)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (folder/"outputs/best_model").exists() and time.time() < deadline: time.sleep(0.05)
+    run.send_signal(sig)
+    _, err = run.communicate(timeout=120)
+    return run.returncode, err
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_is_resumed_to_the_same_weights(corpus, sig):
+    args = ["--num_epochs", 40, "--eval_steps", 30, "--precision", "fp32"]
+    code, err = interrupt(corpus, sig, *args)
+    assert code == 130 and "Traceback" not in err, err
+    step, command = re.search(r"Stopped after step (\d+) of 400; all is saved. Go on with: seqgpt (.+)", err).groups()
+    assert 30 <= int(step) < 400 and GPT2LMHeadModel.from_pretrained(corpus/"outputs/best_model")
+    resumed = seqgpt(*command.split(), cwd=corpus)
+    assert resumed.returncode == 0 and f"checkpoint-{step}" in resumed.stdout, resumed.stderr
+    assert seqgpt(*RUN, *args, "--output_dir", "through", cwd=corpus).returncode == 0
+    weights = [(corpus/name/"final_model/model.safetensors").read_bytes() for name in ("outputs", "through")]
+    assert weights[0] == weights[1]
+
+
+def test_resume_refuses_what_does_not_fit(corpus):
+    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0
+    refused(seqgpt(*RUN, "--max_steps", 4, "--resume", "--n_layer", 2, cwd=corpus), "n_layer (was 1, is 2)")
+    refused(seqgpt(*RUN, "--resume", "--overwrite", cwd=corpus), "one of")
+    with open(corpus/"data.jsonl", "a") as f: f.write('{"tokens": ["C4"]}\n')
+    refused(seqgpt(*RUN, "--max_steps", 4, "--resume", cwd=corpus), "the data")
+
+
+def test_resume_with_nothing_to_resume_starts(corpus):
+    result = seqgpt(*RUN, "--max_steps", 2, "--resume", cwd=corpus)
+    assert result.returncode == 0 and "starting from the beginning" in result.stdout
+
+
+def test_diverging_run_stops_with_advice_and_keeps_the_best(corpus):
+    result = seqgpt(*RUN, "--num_epochs", 50, "--learning_rate", 1e12, "--precision", "fp32", "--max_grad_norm", 1e30, "--eval_steps", 1, "--warmup_steps", 1, cwd=corpus)
+    assert result.returncode == 1 and "Traceback" not in result.stderr and "--learning_rate" in result.stderr, result.stderr
+    assert GPT2LMHeadModel.from_pretrained(corpus/"outputs/best_model")
+
+
+# --- flags and files of settings
+
+def test_yaml_and_flags(corpus):
+    (corpus/"mine.yaml").write_text("data_path: data.jsonl\nlearning_rate: 3e-4\nmax_steps: 2\nn_layer: 1\nn_head: 2\nn_embd: 16\nmax_length: 16\nmodel:\n  resid_pdrop: 0.25\n")
+    result = seqgpt("train", "--config", "mine.yaml", "--n_embd", 32, "--model.embd_pdrop", "5e-1", cwd=corpus)
+    assert result.returncode == 0, result.stderr
+    saved, model = yaml.safe_load((corpus/"outputs/best_model/config.yaml").read_text()), json.loads((corpus/"outputs/best_model/config.json").read_text())
+    assert saved["learning_rate"] == 3e-4 and (model["n_embd"], model["resid_pdrop"], model["embd_pdrop"]) == (32, 0.25, 0.5)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--learning_rat", "1"], ["'learning_rat'", "Did you mean --learning_rate"]), (["--batch_size", "many"], ["batch_size", "int"]),
+    (["--precision", "int8"], ["auto, fp32, bf16, fp16"]), (["--num_epochs", "0"], ["num_epochs"]), (["--learning_rate", "nan"], ["learning_rate"]),
+    (["--learning_rate", "-1"], ["learning_rate"]), (["--n_head", "5"], ["not divisible"]), (["--model.resid_drop", "1"], ["Did you mean 'resid_pdrop'"]),
+    (["--model.resid_pdrop", "high"], ["resid_pdrop"]), (["--long", "cut"], ["truncate, split or error"]), (["--max_length", "1"], ["max_length"]),
+    (["--data_path", "none.jsonl"], ["none.jsonl", "--data_path"]), (["--vocab_path", "none.json"], ["none.json", "--vocab_path"]), (["--config", "none.yaml"], ["none.yaml"]),
+    (["--validation_fraction", "1"], ["validation_fraction"]), (["--lr_scheduler_type", "cosin"], ["cosin"]), (["stray"], ["stray"]),
+    (["--model.activation_function", "gulu"], ["gulu"]),
+])
+def test_mistakes_in_flags_are_refused_and_nothing_is_written(args, words, corpus):
+    refused(seqgpt(*RUN, *args, cwd=corpus), *words)
+    assert not (corpus/"outputs").exists()
+
+
+def test_misspelt_key_in_a_file(corpus):
+    (corpus/"mine.yaml").write_text("learning_rat: 1\n")
+    refused(seqgpt("train", "--config", "mine.yaml", cwd=corpus), "'learning_rat'", "--learning_rate")
+
+
+def test_help_and_verbs(tmp_path):
+    assert "corpus" in installed("--help", cwd=tmp_path).stdout and seqgpt(cwd=tmp_path).returncode == 0
+    help = installed("train", "--help", cwd=tmp_path)
+    assert help.returncode == 0 and "Longest sequence in tokens" in help.stdout
+    refused(installed("trian", cwd=tmp_path), "Did you mean 'train'")
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", seqgpt("--version", cwd=tmp_path).stdout)
+
+
+# --- the digits, and the scripts under their original names
+
+def test_digits_corpus(tmp_path):
+    assert seqgpt("corpus", "digits", "--out_dir", "d", cwd=tmp_path).returncode == 0
+    assert len(json.loads((tmp_path/"d/vocab.json").read_text())) == 516
+    line = json.loads((tmp_path/"d/sequences.jsonl").open().readline())
+    assert len(line["tokens"]) == 256 and line["label"] == 0
+    refused(seqgpt("corpus", "digits", "--out_dir", "d", cwd=tmp_path), "is there already")
+    refused(seqgpt("corpus", "digit", "--out_dir", "e", cwd=tmp_path), "digits")
+
+
+def test_scripts_under_their_original_names(tmp_path):
+    script = lambda name, *args: subprocess.run([sys.executable, ROOT/name, *args], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    trained = script("train_gpt.py", "--max_steps", "2", "--batch_size", "4", "--num_epochs", "1", "--learning_rate", "1e-3", "--max_length", "258",
+                     "--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--eval_steps", "1")
+    assert trained.returncode == 0 and (tmp_path/"outputs/samples.png").exists(), trained.stderr
+    drawn = script("inference.py", "--model_path", "outputs/best_model", "--mode", "generate", "--max_new_tokens", "5")
+    assert drawn.returncode == 0 and drawn.stdout.startswith("r"), drawn.stderr

@@ -1,0 +1,108 @@
+"Every form of data, and every mistake in it, through the installed command."
+import gzip
+import json
+
+import pytest
+from conftest import TINY, VOCAB, refused, seqgpt, write_lines
+from seqgpt.data import read_corpus
+from seqgpt.tokenizer import make_tokenizer
+
+FORMS = {
+    "tokens": lambda t, l: {"tokens": t, "label": l},
+    "sequence": lambda t, l: {"sequence": t},
+    "text": lambda t, l: {"text": " ".join(t), "label": "up" if l else "down"},
+    "input_ids": lambda t, l: {"input_ids": [VOCAB[s] for s in t]},
+    "framed": lambda t, l: {"tokens": ["<bos>", *t, "<eos>"], "label": l},
+}
+
+
+@pytest.fixture
+def encode(tmp_path):
+    return lambda path, **kwargs: read_corpus(path, make_tokenizer(VOCAB), cache_dir=tmp_path/"cache", **kwargs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_the_same_corpus(form, melodies, encode, tmp_path):
+    path = write_lines(tmp_path, [FORMS[form](t, l) for t, l in melodies])
+    assert encode(path).dataset["input_ids"][:] == [[1, *(VOCAB[s] for s in t), 2] for t, _ in melodies]
+
+
+def test_windows_gzip_bom_folder_are_the_same_corpus(melodies, encode, tmp_path):
+    lines = [json.dumps({"tokens": t}) for t, _ in melodies]
+    plain, want = "\n".join(lines).encode(), [[1, *(VOCAB[s] for s in t), 2] for t, _ in melodies]
+    (tmp_path/"shards").mkdir()
+    (tmp_path/"shards/a.jsonl").write_bytes("\n".join(lines[:50]).encode())
+    (tmp_path/"shards/b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[50:]).encode()))
+    for name, content in {"crlf": plain.replace(b"\n", b"\r\n"), "bom": b"\xef\xbb\xbf" + plain, "zipped": gzip.compress(plain), "blank": b"\n\n" + plain + b"\n\n"}.items():
+        (tmp_path/name).write_bytes(content)
+        assert encode(tmp_path/name).dataset["input_ids"][:] == want, name
+    assert encode(tmp_path/"shards").dataset["input_ids"][:] == want
+
+
+@pytest.mark.parametrize("form", ["sequence", "text", "input_ids"])
+def test_trains_on_each_form(form, melodies, tmp_path):
+    write_lines(tmp_path, [FORMS[form](t, l) for t, l in melodies])
+    result = seqgpt("train", "--data_path", "data.jsonl", "--max_steps", 3, "--max_length", 16, *TINY, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "200 sequences" in result.stdout and (tmp_path/"outputs/samples.jsonl").exists()
+
+
+BAD = {
+    "malformed JSON": [b'{"tokens": ["C4"'],
+    "no tokens": [b'{"note": ["C4"]}', b'{"tokens": 3}', b'{"tokens": null}', b'{"text": ["C4"], "sequence": {}}'],
+    "unknown token": [b'{"tokens": ["H4"]}', b'{"tokens": [1, 2]}', b'{"tokens": [["C4"]]}', b'{"text": "C4 c4"}'],
+    "id out of range": [b'{"input_ids": [9]}', b'{"input_ids": [-1]}', b'{"input_ids": [4.0]}', b'{"input_ids": [true]}', b'{"input_ids": ["4"]}'],
+    "empty sequence": [b'{"tokens": []}', b'{"text": "  "}'],
+    "not UTF-8": [b'{"text": "C4 \xff"}'],
+    "not an object": [b'["C4"]', b'"C4"', b'null'],
+    "padding inside a sequence": [b'{"tokens": ["C4", "<pad>", "D4"]}'],
+    "label is not a number or a name": [b'{"tokens": ["C4"], "label": [1]}'],
+}
+
+
+def test_all_bad_lines_are_counted_with_their_places(melodies, tmp_path):
+    good = [{"tokens": t} for t, _ in melodies]
+    bad = [line for lines in BAD.values() for line in lines]
+    write_lines(tmp_path, good[:10] + bad + good[10:])
+    result = seqgpt("train", "--data_path", "data.jsonl", cwd=tmp_path)
+    refused(result, f"{len(bad)} of {200 + len(bad)} lines", "--skip_bad_lines", *(f"{kind}: {len(lines)}, at line" for kind, lines in BAD.items()), "line 11 ")
+    assert not (tmp_path/"outputs").exists()
+    result = seqgpt("train", "--data_path", "data.jsonl", "--skip_bad_lines", "--max_steps", 2, "--max_length", 16, *TINY, cwd=tmp_path)
+    assert result.returncode == 0 and f"200 sequences" in result.stdout and f"{len(bad)} bad lines left out" in result.stdout, result.stderr
+
+
+def test_required_labels(melodies, encode, tmp_path):
+    path = write_lines(tmp_path, [{"tokens": ["C4"], "label": 0}, {"tokens": ["C4"]}, {"tokens": ["C4"], "label": 2}, {"tokens": ["C4"], "label": -1}])
+    with pytest.raises(ValueError, match=r"label out of range: 2, at line 3 \(2\), line 4 \(-1\); label missing: 1, at line 2"): encode(path, n_labels=2)
+
+
+@pytest.mark.parametrize("long, said", [("truncate", "tokens cut off"), ("split", "split into"), ("error", "longer than max_length")])
+def test_long_sequences_are_always_said(long, said, melodies, tmp_path):
+    write_lines(tmp_path, [{"tokens": t} for t, _ in melodies])
+    result = seqgpt("train", "--data_path", "data.jsonl", "--max_length", 8, "--long", long, "--max_steps", 2, *TINY, cwd=tmp_path)
+    if long == "error": refused(result, said)
+    else: assert result.returncode == 0 and said in result.stdout, result.stderr
+
+
+def test_split_keeps_every_token(melodies, encode, tmp_path):
+    path = write_lines(tmp_path, [{"tokens": t} for t, _ in melodies])
+    whole, pieces = encode(path).dataset, encode(path, max_length=5, long="split").dataset
+    assert sum(len(i) - 1 for i in pieces["input_ids"]) == sum(len(i) - 1 for i in whole["input_ids"])
+    assert max(map(len, pieces["input_ids"])) == 5
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"<pad>": 0, "<pad>": 1}', ["'<pad>' appears 2 times"]), ('{"a": 0, "b": 0}', ["id 0 appears 2 times"]), ('{"a": 1, "b": 2}', ["0 is missing"]),
+    ('{"a": 0, "b": -1}', ["-1 is out of range"]), ('{"a b": 0}', ["white space"]), ('{"a\\u0007": 0}', ["control character"]), ('{"": 0}', ["is empty"]), ('{"a": true}', ["whole numbers"]),
+    ('{"a": 0', ["not JSON"]), ("[1]", ["not an object"]), ("{}", ["no symbols"]), ('{"<pad>": 0, "<bos>": 1, "<eos>": 2, "C4": 3}', ["unk_token", "--unk_token"]),
+])
+def test_broken_vocabularies(content, words, tmp_path):
+    path = write_lines(tmp_path, [{"tokens": ["C4"]}])
+    (tmp_path/"vocab.json").write_text(content)
+    refused(seqgpt("train", "--data_path", path, cwd=tmp_path), *words)
+    assert not (tmp_path/"outputs").exists()
+
+
+def test_shared_specials_are_refused(tmp_path):
+    path = write_lines(tmp_path, [{"tokens": ["C4"]}])
+    refused(seqgpt("train", "--data_path", path, "--pad_token", "<eos>", cwd=tmp_path), "four different symbols")

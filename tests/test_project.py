@@ -1,0 +1,42 @@
+"Notebooks run, and everything made from them is in step with them."
+import json
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+from readme import readme
+
+NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(notebook):
+    result = subprocess.run(["nbdev-test", str(notebook)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_modules_are_exported_from_the_notebooks(tmp_path):
+    for name in ("nbs", "seqgpt"): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT/"pyproject.toml", tmp_path)
+    subprocess.run(["nbdev-export"], cwd=tmp_path, check=True, timeout=120)
+    modules = sorted(p.name for p in (ROOT/"seqgpt").glob("*.py"))
+    assert modules == sorted(p.name for p in (tmp_path/"seqgpt").glob("*.py"))
+    for name in modules: assert (tmp_path/"seqgpt"/name).read_text() == (ROOT/"seqgpt"/name).read_text(), f"{name}: run nbdev-export"
+
+
+def test_readme_is_rendered_from_the_index():
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == readme(), "run python tests/readme.py"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_clean_and_has_outputs(notebook):
+    nb = json.loads(notebook.read_text(encoding="utf-8"))
+    assert set(nb["metadata"]) <= {"kernelspec"}
+    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    for cell in nb["cells"]: assert not cell["metadata"], "run nbdev-clean"
+    for cell in code:
+        assert cell["execution_count"] is None, "run nbdev-clean"
+        for output in cell["outputs"]: assert output["output_type"] != "error" and output.get("name") != "stderr" or "hide" in cell["source"][0] or "seqgpt " in str(output)
+    assert any(c["outputs"] for c in code), "run nbdev-test --save"
+    assert notebook.stat().st_size < 600_000
