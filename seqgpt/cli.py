@@ -66,7 +66,7 @@ def corpus(
     from seqgpt.corpora import write_digits
     print(f"Wrote {write_digits(out_dir, image_size, grey_levels)}: {image_size}x{image_size} handwritten digits, {grey_levels} levels of grey.")
 
-# %% ../nbs/10_cli.ipynb #7ec4cf35
+# %% ../nbs/10_cli.ipynb #901b5b43
 def train_command(
     config, # A `Config`
 ):
@@ -89,7 +89,7 @@ def train_command(
     write_evaluation(evaluation, best/"evaluation")
     print(f"\nThe best model on the validation set, in 32 bits:\n{evaluation}\n")
     model, tokenizer = load_model(best), load_tokenizer(best)
-    print(write_samples(generate(model, tokenizer, num_samples=40, top_p=0.95, seed=config.seed), tokenizer, run.output_dir))
+    print(write_samples(generate(model, tokenizer, num_samples=40, top_p=0.9, seed=config.seed), tokenizer, run.output_dir))
     print(f"{run.output_dir}: best_model, final_model, training_curves.png; curves in detail: tensorboard --logdir {run.output_dir/'runs'}")
 
 # %% ../nbs/10_cli.ipynb #f2fad409
