@@ -132,7 +132,7 @@ def evaluate(
     write_evaluation(evaluation, out)
     print(f"{evaluation}\nWrote {out}/metrics.json and evaluation.png.")
 
-# %% ../nbs/10_cli.ipynb #c404c7a8
+# %% ../nbs/10_cli.ipynb #94d2086a
 def infer(
     model_path: str, # Folder of a trained model, such as outputs/best_model
     mode: typing.Literal["interactive", "generate"] = "interactive", # interactive: see the distribution of the next token and choose; generate: continue by itself
@@ -169,8 +169,8 @@ def infer(
         if not rows: raise InputError(f"{path}: no sequences to start from.")
         prompts = [r[:int(prompt_share*len(r))] for r in rows]
     samples = generate(model, tokenizer, prompts, num_samples, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    for s in samples: print(*s.tokens)
     if out_dir: print(write_samples(samples, tokenizer, out_dir, rows), file=sys.stderr)
+    for s in samples: print(*s.tokens)
 
 # %% ../nbs/10_cli.ipynb #977e712f
 def interact(
@@ -226,7 +226,7 @@ def usage() -> str:
     return "\n".join(["usage: seqgpt VERB [--flag value ...]", "", "Train a small GPT from scratch on sequences of any discrete tokens.", "",
                       *(f"  {verb:10}{what}" for verb, what in VERBS.items()), "", "seqgpt VERB --help lists the flags of a verb."])
 
-# %% ../nbs/10_cli.ipynb #d96df37f
+# %% ../nbs/10_cli.ipynb #9a708431
 def main(
     argv: list[str] | None = None, # What stands behind `seqgpt`; default: the command line
 ) -> int: # Exit code
@@ -243,8 +243,14 @@ def main(
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1") # everything is local
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false") # no warning about forks
-    try: return run_verb(verb, rest) or 0
+    try:
+        code = run_verb(verb, rest) or 0
+        sys.stdout.flush()
+        return code
     except SystemExit as e: return e.code or 0
+    except BrokenPipeError: # whoever reads our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt as e:
         print(f"\n{e or 'Interrupted.'}", file=sys.stderr)
         return 130

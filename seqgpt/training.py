@@ -398,7 +398,7 @@ def clear_run(
     for name in ("best_model", "final_model", "checkpoints", "runs"): shutil.rmtree(output_dir/name, ignore_errors=True)
     for name in ("config.yaml", "split.json", "training_curves.png"): (output_dir/name).unlink(missing_ok=True)
 
-# %% ../nbs/04_training.ipynb #2dd6dc58
+# %% ../nbs/04_training.ipynb #ef83f379
 def plot_curves(
     history: list[dict], # Of a `Run`
 ):
@@ -408,7 +408,8 @@ def plot_curves(
     epoch, loss = pick("loss")
     axes[0].plot(epoch, [math.exp(min(l, 700)) for l in loss], color="tab:blue", alpha=0.5, lw=1, label="training")
     axes[0].plot(*pick("eval_perplexity"), color="tab:orange", marker="o", ms=4, label="validation")
-    axes[0].set(yscale="log", title="perplexity")
+    highest = max(pick("eval_perplexity")[1], default=math.inf)
+    axes[0].set(title="perplexity", ylim=(1, 1 + 2*(highest - 1)) if math.isfinite(highest) else None)
     axes[0].legend()
     axes[1].plot(*pick("eval_accuracy"), color="tab:orange", marker="o", ms=4)
     axes[1].set(title="next-token accuracy (validation)")
