@@ -130,14 +130,14 @@ def evaluate(
     write_evaluation(evaluation, out)
     print(f"{evaluation}\nWrote {out}/metrics.json and evaluation.png.")
 
-# %% ../nbs/10_cli.ipynb #1330acc2
+# %% ../nbs/10_cli.ipynb #72073aac
 def read_sequences(
     path: str | Path, # JSON Lines file, plain or gzip, or a folder of them
     tokenizer, # Of a model
     most: int, # How many to read
 ) -> list[list[str]]: # Symbols, without `<bos>` and `<eos>`
     "The first sequences at `path`; raises `InputError` where a line is not one."
-    from itertools import chain, islice
+    from itertools import islice
 
     from seqgpt.data import BadLine, corpus_files, parse_line, read_lines
     from seqgpt.tokenizer import InputError
@@ -182,7 +182,7 @@ def infer(
         print(write_samples(samples, tokenizer, out_dir, sum(rows, []), num_samples + 1 if rows else 10), file=sys.stderr)
     for s in samples: print(*s.tokens)
 
-# %% ../nbs/10_cli.ipynb #977e712f
+# %% ../nbs/10_cli.ipynb #e3afc9e7
 def interact(
     model, # A language model
     tokenizer, # Its tokenizer
@@ -190,7 +190,7 @@ def interact(
     top: int = 10, # How many symbols to show
 ):
     "Shows what could come next, and appends what the user chooses, until there is no more input."
-    from seqgpt.inference import encode_prompt, generate, next_tokens, text_bars
+    from seqgpt.inference import encode_prompt, next_tokens, text_bars
     from seqgpt.tokenizer import InputError
     encode_prompt(tokenizer, prompt)
     symbols = prompt.split()
@@ -220,7 +220,6 @@ def next_sample(
     symbols: list[str], # The prefix
 ) -> str:
     "One symbol, drawn from the distribution of the next."
-    import torch
     from seqgpt.inference import encode_prompt, next_logits
     p = next_logits(model, encode_prompt(tokenizer, symbols)).softmax(-1)
     return tokenizer.convert_ids_to_tokens(int(p.multinomial(1)))

@@ -6,10 +6,10 @@
 __all__ = ['token_scores', 'Evaluation', 'evaluate', 'Ngram', 'histories', 'baselines', 'plot_evaluation', 'evaluate_folder',
            'write_evaluation']
 
-# %% ../nbs/05_evaluation.ipynb #c71e2f70
+# %% ../nbs/05_evaluation.ipynb #bb399670
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt

@@ -6,20 +6,17 @@
 __all__ = ['encode_prompt', 'next_logits', 'next_tokens', 'text_bars', 'plot_next', 'Sample', 'Ticker', 'generate',
            'decode_sample', 'completions']
 
-# %% ../nbs/06_inference.ipynb #53fa9d0c
+# %% ../nbs/06_inference.ipynb #06406563
 import difflib
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import seaborn as sns
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from .model import load_model
-from .tokenizer import InputError, load_tokenizer
+from .tokenizer import InputError
 
 # %% ../nbs/06_inference.ipynb #cff2cce5
 def encode_prompt(

@@ -1,6 +1,5 @@
 "The installed command, as a user types it."
 import json
-import os
 import re
 import signal
 import subprocess

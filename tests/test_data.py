@@ -68,7 +68,7 @@ def test_all_bad_lines_are_counted_with_their_places(melodies, tmp_path):
     refused(result, f"{len(bad)} of {200 + len(bad)} lines", "--skip_bad_lines", *(f"{kind}: {len(lines)}, at line" for kind, lines in BAD.items()), "line 11 ")
     assert not (tmp_path/"outputs").exists()
     result = seqgpt("train", "--data_path", "data.jsonl", "--skip_bad_lines", "--max_steps", 2, "--max_length", 16, *TINY, cwd=tmp_path)
-    assert result.returncode == 0 and f"200 sequences" in result.stdout and f"{len(bad)} bad lines left out" in result.stdout, result.stderr
+    assert result.returncode == 0 and "200 sequences" in result.stdout and f"{len(bad)} bad lines left out" in result.stdout, result.stderr
 
 
 def test_required_labels(melodies, encode, tmp_path):
