@@ -36,7 +36,7 @@ class BadLine(Exception):
         super().__init__(kind, detail)
         self.kind, self.detail = kind, detail
 
-# %% ../nbs/01_data.ipynb #cb9d3744
+# %% ../nbs/01_data.ipynb #5d810531
 def symbol_ids(
     record: dict, # One decoded line
     vocab: dict[str, int], # Symbol to id
@@ -53,7 +53,9 @@ def symbol_ids(
             if type(i) is not int or not 0 <= i < len(vocab): raise BadLine("id out of range", repr(i)[:40])
         return found
     try: return [vocab[s] for s in found]
-    except (KeyError, TypeError): raise BadLine("unknown token", repr(next(s for s in found if not isinstance(s, str) or s not in vocab))[:40]) from None
+    except (KeyError, TypeError):
+        s = next(s for s in found if not isinstance(s, str) or s not in vocab)
+        raise BadLine("unknown token", repr(s)[:40] + (', a number: quote it, or use "input_ids"' if isinstance(s, int) else "")) from None
 
 # %% ../nbs/01_data.ipynb #aa5ccc5f
 def frame(
@@ -93,16 +95,16 @@ def parse_line(
     if tokenizer.pad_token_id in ids: raise BadLine("padding inside a sequence", f"at {ids.index(tokenizer.pad_token_id)}")
     return frame(ids, tokenizer.bos_token_id, tokenizer.eos_token_id), read_label(record, n_labels)
 
-# %% ../nbs/01_data.ipynb #50a9765b
+# %% ../nbs/01_data.ipynb #99481da9
 def corpus_files(
     data_path: str | Path, # A JSON Lines file, plain or gzip, or a folder of them
 ) -> list[Path]:
     "The JSON Lines files at `data_path`, sorted; raises `InputError` where there are none."
     path = Path(data_path)
     if path.is_file(): return [path]
-    if not path.is_dir(): raise InputError(f"{path}: no such file or folder. Give the data with --data_path.")
+    if not path.is_dir(): raise InputError(f"{path}: no such file or folder (from {Path.cwd().name}/). Check the path.")
     files = sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")) and p.is_file())
-    if not files: raise InputError(f"{path}: no .jsonl or .jsonl.gz file in this folder. Give the data with --data_path.")
+    if not files: raise InputError(f"{path}: no file in this folder is called .jsonl or .jsonl.gz. Rename yours, or name it.")
     return files
 
 # %% ../nbs/01_data.ipynb #b870c613
@@ -240,7 +242,7 @@ def write_arrow(
             if len(held) == batch: write(held); held = []
         if held: write(held)
 
-# %% ../nbs/01_data.ipynb #83c8e83f
+# %% ../nbs/01_data.ipynb #907e608d
 def read_corpus(
     data_path: str | Path, # A JSON Lines file, plain or gzip, or a folder of them
     tokenizer, # From `make_tokenizer`
@@ -270,10 +272,10 @@ def read_corpus(
             os.replace(part, account)
         finally: part.unlink(missing_ok=True)
     report = json.loads(account.read_text())
-    if report["skipped"] and not skip_bad_lines:
-        raise InputError(f"{data_path}: {report['skipped']:,} of {report['lines']:,} lines cannot be used.\n{report['problems']}.\n"
-                         "Mend them, or go on without them with --skip_bad_lines.")
-    if not report["sequences"]: raise InputError(f"{data_path}: no sequences in it. A line is an object such as {{\"tokens\": [\"a\", \"b\"]}}.")
+    if report["skipped"] and not (skip_bad_lines and report["sequences"]):
+        remedy = "Mend them, or go on without them with --skip_bad_lines." if report["sequences"] else 'Is it JSON Lines in UTF-8? Each line is an object such as {"tokens": ["a", "b"]}.'
+        raise InputError(f"{data_path}: {report['skipped']:,} of {report['lines']:,} lines cannot be used.\n{report['problems']}.\n{remedy}")
+    if not report["sequences"]: raise InputError(f'{data_path}: no sequences in it. A line is an object such as {{"tokens": ["a", "b"]}}.')
     return Corpus(Dataset.from_file(str(arrow)), report)
 
 # %% ../nbs/01_data.ipynb #6ba691f6
@@ -291,24 +293,25 @@ class Split:
         return f"{len(self.train_index):,} sequences to train, {len(self.validation_index):,} to validate; {shared}."
     __repr__ = __str__
 
-# %% ../nbs/01_data.ipynb #f8d31c09
+# %% ../nbs/01_data.ipynb #a1cec8c3
 def split_corpus(
     dataset: Dataset, # Of a `Corpus`
     fraction: float = 0.2, # Share of the sequences to validate on
     seed: int = 42,
 ) -> Split:
     "Splits by sequence, stratified by label where labels are there; raises `InputError` where there is too little to split."
-    source, first = np.unique(dataset.with_format("numpy")["source"][:], return_index=True)
+    columns = dataset.select_columns(["source", "label", "digest"]).with_format("arrow")[:] # numbers only, so that ten million are no matter
+    rows, digest, label = columns["source"].to_numpy(), columns["digest"].to_numpy(), columns["label"].combine_chunks().dictionary_encode().indices
+    source, first = np.unique(rows, return_index=True)
     n_validation = round(len(source) * fraction)
     if not 0 < n_validation < len(source):
-        raise InputError(f"{len(source)} sequences cannot be split with a validation share of {fraction}. Bring more, or change --validation_fraction.")
-    labels = np.array(dataset["label"][:], dtype=object)[first].astype(str)
-    names, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        raise InputError(f"{len(source)} sequences cannot be split with {fraction:.0%} to validate on. Bring more, or change --validation_fraction.")
+    labels = label.fill_null(-1).to_numpy()[first]
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     strata = np.where(counts[inverse] > 1, inverse, -1) # labels seen once share a stratum
     sizes = np.unique(strata, return_counts=True)[1]
     stratify = strata if sizes.min() > 1 and len(sizes) <= min(n_validation, len(source) - n_validation) else None
     parts = [np.sort(p) for p in train_test_split(source, test_size=n_validation, random_state=seed, stratify=stratify)]
-    rows, digest = (dataset.with_format("numpy")[c][:] for c in ("source", "digest"))
     train, validation = (np.isin(rows, p) for p in parts)
     shared = len(np.unique(rows[validation & np.isin(digest, digest[train])]))
     return Split(dataset.select(np.flatnonzero(train)), dataset.select(np.flatnonzero(validation)), *parts, shared)
@@ -325,7 +328,7 @@ def collate(
     batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(~real, -100)}
     return batch if real.all() else {**batch, "attention_mask": real.long()}
 
-# %% ../nbs/01_data.ipynb #d3826854
+# %% ../nbs/01_data.ipynb #de99b265
 def plot_batch(
     batch: dict[str, torch.Tensor], # From `collate`
     tokenizer, # To write the symbols
@@ -339,7 +342,7 @@ def plot_batch(
     fig, axes = plt.subplots(3, 1, figsize=(0.8*ids.shape[1] + 1, 0.45*3*(len(ids) + 1)), layout="constrained")
     for ax, (title, (values, text)) in zip(axes, panels.items()):
         grey = mask == 0
-        sns.heatmap(np.where(grey, np.nan, ids), annot=text, fmt="", cmap="Pastel1", vmin=0, vmax=9, cbar=False, linewidths=1, ax=ax,
+        sns.heatmap(np.where(grey, np.nan, ids % 10), annot=text, fmt="", cmap=sns.color_palette("pastel"), vmin=-0.5, vmax=9.5, cbar=False, linewidths=1, ax=ax,
                     xticklabels=False, yticklabels=False)
         for (r, c), g in np.ndenumerate(grey):
             if g: ax.text(c + .5, r + .5, text[r, c], ha="center", va="center", color="grey")

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['make_config', 'new_model', 'exact_loss', 'count_parameters', 'load_model']
 
-# %% ../nbs/03_model.ipynb #b4412486
+# %% ../nbs/03_model.ipynb #51852e33
 import difflib
+import json
 from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.activations import ACT2FN
 from transformers.utils.logging import disable_progress_bar
 
 from .tokenizer import InputError
 
-# %% ../nbs/03_model.ipynb #b82128ac
+# %% ../nbs/03_model.ipynb #7f923ca1
 def make_config(
     tokenizer, # From `make_tokenizer`; gives the vocabulary and the special tokens
     max_length: int = 1024, # Positions
@@ -37,18 +37,19 @@ def make_config(
     derived = dict(vocab_size=len(tokenizer), n_positions=max_length, bos_token_id=tokenizer.bos_token_id,
                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     if clash := derived.keys() & fields.keys(): raise InputError(f"{', '.join(sorted(clash))}: follows from the vocabulary and max_length, and cannot be set.")
-    activation = fields.get("activation_function", "gelu_new")
-    if activation not in ACT2FN: raise InputError(f"There is no activation_function {activation!r}. Choose from {', '.join(sorted(ACT2FN))}.")
     defaults = dict(attn_pdrop=0.0, activation_function="gelu_pytorch_tanh")
-    try: return GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **derived, **{**defaults, **fields})
-    except Exception as e: raise InputError(f"The model cannot be configured so: {' '.join(str(e).split())}") from e
+    try:
+        config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **derived, **{**defaults, **fields})
+        with torch.device("meta"): GPT2LMHeadModel(config) # shapes without memory: can it be built at all?
+    except Exception as e: raise InputError(f"The model cannot be built so: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    return config
 
-# %% ../nbs/03_model.ipynb #7b8fb899
+# %% ../nbs/03_model.ipynb #c7e009e4
 def new_model(
     config: GPT2Config, # From `make_config`
     seed: int | None = None, # Of the random weights; None: as the random generator stands
 ) -> GPT2LMHeadModel:
-    "A model with random weights, whose loss is an exact mean over predicted tokens (see the page on training)."
+    "A model with random weights."
     if seed is not None: torch.manual_seed(seed)
     return exact_loss(GPT2LMHeadModel(config))
 
@@ -71,7 +72,7 @@ def count_parameters(
         parts[next((part for key, part in names.items() if key in name), name)] += p.numel()
     return {**{part: n for part, n in parts.items() if n}, "all": sum(parts.values())}
 
-# %% ../nbs/03_model.ipynb #0ac00a80
+# %% ../nbs/03_model.ipynb #7e269d3e
 disable_progress_bar() # Transformers' bar for reading or writing one small file
 
 def load_model(
@@ -81,6 +82,9 @@ def load_model(
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder/name).is_file(): raise InputError(f"{folder}: no {name} there. Give the folder of a trained model, such as outputs/best_model.")
+    try: kind = json.loads((folder/"config.json").read_text(encoding="utf-8"))["model_type"]
+    except Exception as e: raise InputError(f"{folder}/config.json: not the configuration of a model ({type(e).__name__}: {e}).") from e
+    if kind != "gpt2": raise InputError(f"{folder}: holds a model of type {kind!r}. seqgpt opens its own, of type 'gpt2'.")
     try: model, found = GPT2LMHeadModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
     except Exception as e: raise InputError(f"{folder}: cannot be opened as a GPT-2 language model ({type(e).__name__}: {' '.join(str(e).split())[:200]}).") from e
     if wrong := [*found["missing_keys"], *found["mismatched_keys"]]: raise InputError(f"{folder}: {len(wrong)} weights of the model are not in model.safetensors, {wrong[0]} first. Is it a GPT-2 language model?")

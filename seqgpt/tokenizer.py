@@ -60,12 +60,13 @@ def read_vocab(
     if not text.lstrip().startswith("{"): raise InputError(f"{path}: not an object {{symbol: id}}.")
     return check_vocab(pairs, str(path))
 
-# %% ../nbs/00_tokenizer.ipynb #22ff7a1a
+# %% ../nbs/00_tokenizer.ipynb #1f4d2d1b
 SPECIALS = {"pad_token": ("pad", "padding"), "bos_token": ("bos", "s", "sos", "start", "startoftext"),
             "eos_token": ("eos", "/s", "end", "endoftext"), "unk_token": ("unk", "unknown")}
 
 def find_specials(
     vocab: dict[str, int], # Symbol to id
+    where: str = "vocabulary", # What to call it in messages
     **named: str | None, # Symbols named by the user: `pad_token`, `bos_token`, `eos_token`, `unk_token`
 ) -> dict[str, str]: # The symbol for each of the four
     "The four special tokens of `vocab`; raises `InputError` where one is missing, ambiguous or shared."
@@ -73,13 +74,13 @@ def find_specials(
     for role, names in SPECIALS.items():
         spellings = re.compile(r"(<\|?|\[|__)(%s)(\|?>|\]|__)" % "|".join(names), re.I)
         hits = [named[role]] if named.get(role) else [s for s in vocab if spellings.fullmatch(s)]
-        if len(hits) > 1: raise InputError(f"The vocabulary has {len(hits)} symbols that could be the {role}: {', '.join(hits)}. Choose with --{role}.")
+        if len(hits) > 1: raise InputError(f"{where}: {len(hits)} symbols could be the {role}: {', '.join(hits)}. Choose with --{role}.")
         if not hits or hits[0] not in vocab:
-            what = f"{hits[0]!r}, named as the {role}, is" if hits else f"A {role} (such as <{names[0]}> or [{names[0].upper()}]) is"
-            raise InputError(f"{what} not in the vocabulary. Add it, with id {len(vocab)}, or name yours with --{role}.")
+            what = f"{hits[0]!r}, named as the {role}," if hits else f"a {role}, such as <{names[0]}> or [{names[0].upper()}],"
+            raise InputError(f"{where}: {what} is not in it. Add it, with id {len(vocab)}, or name yours with --{role}.")
         found[role] = hits[0]
     if len(set(found.values())) < 4:
-        raise InputError(f"The special tokens must be four different symbols, but they are {found}. "
+        raise InputError(f"{where}: the special tokens must be four different symbols, but they are {found}. "
                          "Padding is left out of training: a model whose padding is its <eos> never learns to stop.")
     return found
 
@@ -100,14 +101,15 @@ def unknown_to_unk(
     known = "|".join(re.escape(s) for s in vocab if not re.fullmatch(r"[A-Za-z0-9_]+", s))
     return normalizers.Replace(Regex(rf"(?<!\S)(?!(?:{known})(?!\S))(?=\S*[^A-Za-z0-9_\s])\S+"), unk_token)
 
-# %% ../nbs/00_tokenizer.ipynb #4da27fff
+# %% ../nbs/00_tokenizer.ipynb #c127c154
 def make_tokenizer(
     vocab: dict[str, int] | str | Path, # Symbol to id, or the path of a `vocab.json`
     **named: str | None, # The special tokens, where their names are unusual: `pad_token`, `bos_token`, `eos_token`, `unk_token`
 ) -> PreTrainedTokenizerFast:
     "A tokenizer for the closed vocabulary `vocab`; raises `InputError` where it is broken."
+    where = "vocabulary" if isinstance(vocab, dict) else str(vocab)
     vocab = check_vocab(list(vocab.items())) if isinstance(vocab, dict) else read_vocab(vocab)
-    specials = find_specials(vocab, **named)
+    specials = find_specials(vocab, where, **named)
     backend = Tokenizer(models.WordLevel(vocab, unk_token=specials["unk_token"]))
     backend.normalizer = unknown_to_unk(vocab, specials["unk_token"])
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -129,12 +131,15 @@ def save_tokenizer(
     write("vocab.json", dict(sorted(tokenizer.get_vocab().items(), key=lambda p: p[1])))
     (folder/"merges.txt").write_text("#version: 0.2\n")
 
-# %% ../nbs/00_tokenizer.ipynb #b18272fe
+# %% ../nbs/00_tokenizer.ipynb #6fa7746d
 def load_tokenizer(
     folder: str | Path, # A folder with a `tokenizer.json`
 ) -> PreTrainedTokenizerFast:
     "The tokenizer saved in `folder`; raises `InputError` where there is none."
     if not (Path(folder)/"tokenizer.json").is_file():
         raise InputError(f"{folder}: no tokenizer.json there. Give the folder of a trained model, such as outputs/best_model.")
-    try: return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    try: tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as e: raise InputError(f"{folder}/tokenizer.json: cannot be opened as a tokenizer ({type(e).__name__}: {e}).") from e
+    if lacking := [role for role in SPECIALS if getattr(tokenizer, role) is None]:
+        raise InputError(f"{folder}: the tokenizer has no {', '.join(lacking)}. Is tokenizer_config.json there, and the tokenizer one of seqgpt?")
+    return tokenizer
