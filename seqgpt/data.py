@@ -95,14 +95,14 @@ def parse_line(
     if tokenizer.pad_token_id in ids: raise BadLine("padding inside a sequence", f"at {ids.index(tokenizer.pad_token_id)}")
     return frame(ids, tokenizer.bos_token_id, tokenizer.eos_token_id), read_label(record, n_labels)
 
-# %% ../nbs/01_data.ipynb #99481da9
+# %% ../nbs/01_data.ipynb #c313c9b4
 def corpus_files(
     data_path: str | Path, # A JSON Lines file, plain or gzip, or a folder of them
 ) -> list[Path]:
     "The JSON Lines files at `data_path`, sorted; raises `InputError` where there are none."
     path = Path(data_path)
     if path.is_file(): return [path]
-    if not path.is_dir(): raise InputError(f"{path}: no such file or folder (from {Path.cwd().name}/). Check the path.")
+    if not path.is_dir(): raise InputError(f"{path}: no such file or folder, seen from {Path.cwd()}. Check --data_path (or --prompt_file).")
     files = sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")) and p.is_file())
     if not files: raise InputError(f"{path}: no file in this folder is called .jsonl or .jsonl.gz. Rename yours, or name it.")
     return files

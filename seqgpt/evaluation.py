@@ -71,7 +71,7 @@ class Evaluation:
     def _repr_markdown_(self):
         return "\n".join(["| | perplexity | accuracy |", "|---|---|---|"] + [f"| {name} | {ppl:.4g} | {acc:.2%} |" for name, ppl, acc in self.table()])
 
-# %% ../nbs/05_evaluation.ipynb #26f195f2
+# %% ../nbs/05_evaluation.ipynb #a234c55b
 def evaluate(
     model, # A language model, in evaluation mode
     tokenizer, # Its tokenizer
@@ -80,6 +80,7 @@ def evaluate(
     baselines: dict | None = None, # From `baselines`, to be kept beside
 ) -> Evaluation:
     "Measures `model` on every token of `dataset`."
+    if batch_size < 1: raise InputError(f"batch_size is {batch_size}. It must be at least 1.")
     by_position, by_label, eos = np.zeros((3, model.config.n_positions - 1)), {}, np.zeros(3)
     for start in tqdm(range(0, len(dataset), batch_size), desc="Evaluating", unit="batch", delay=2, leave=False):
         rows = dataset[start:start + batch_size]
@@ -161,7 +162,7 @@ def baselines(
         found[name] = {"perplexity": math.exp(nats / len(truth)), "accuracy": float(right / len(truth))}
     return found
 
-# %% ../nbs/05_evaluation.ipynb #5f23838e
+# %% ../nbs/05_evaluation.ipynb #e7bfe024
 def plot_evaluation(
     evaluation: Evaluation,
 ):
@@ -173,6 +174,7 @@ def plot_evaluation(
     axes[0].bar_label(bars, [f"{p:.3g}" for p in ppl], padding=3)
     axes[0].set(xscale="log", title="perplexity", xlim=(1, 3*max(ppl)))
     axes[0].invert_yaxis()
+    axes[0].grid(visible=False)
     nats, _, tokens = evaluation.by_position
     axes[1].plot(np.arange(1, len(nats) + 1)[tokens > 0], np.exp(nats[tokens > 0] / tokens[tokens > 0]), lw=1, color="tab:orange")
     axes[1].set(title="perplexity by position", xlabel="position")
@@ -182,22 +184,25 @@ def plot_evaluation(
         if len(labels) > 12: axes[2].tick_params(axis="x", labelrotation=90, labelsize=7)
     return fig
 
-# %% ../nbs/05_evaluation.ipynb #0f71d280
+# %% ../nbs/05_evaluation.ipynb #5bfbc9d2
 def evaluate_folder(
     model_path: str | Path, # A folder such as outputs/best_model
     data_path: str | Path | None = None, # Sequences to evaluate on; default: the validation set of the training
     batch_size: int = 16, # Sequences at once
+    skip_bad_lines: bool = False, # Go on without lines of `data_path` that cannot be used
 ) -> Evaluation:
     "Evaluates a trained model; raises `InputError` where model or data are missing or do not fit."
     model_path = Path(model_path)
     model, tokenizer = load_model(model_path), load_tokenizer(model_path)
     if torch.cuda.is_available(): model.cuda()
     try: corpus, split = load_data(read_config(model_path/"config.yaml"), tokenizer)
-    except InputError:
-        if data_path is None: raise
+    except InputError as e:
+        if data_path is None: raise InputError(f"{e}\nThat is what the model was trained on; name sequences to evaluate it on with --data_path.") from e
         split = None # the training data is not here; there will be no baselines
     if data_path is not None:
-        dataset = read_corpus(data_path, tokenizer, model.config.n_positions).dataset
+        other = read_corpus(data_path, tokenizer, model.config.n_positions, skip_bad_lines=skip_bad_lines)
+        tqdm.write(str(other))
+        dataset = other.dataset
     else:
         dataset, written = split.validation, model_path.parent/"split.json"
         if written.exists() and json.loads(written.read_text())["fingerprint"] != corpus.report["fingerprint"]:

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from .tokenizer import InputError
 
-# %% ../nbs/06_inference.ipynb #cff2cce5
+# %% ../nbs/06_inference.ipynb #0095897b
 def encode_prompt(
     tokenizer, # Of the model
     prompt: str | list[str] = "", # Symbols, as a list or with spaces between; empty: the beginning of a sequence
@@ -29,7 +29,10 @@ def encode_prompt(
     for k, s in enumerate(symbols, 1):
         if s not in vocab:
             near = difflib.get_close_matches(s, vocab, 1, cutoff=0.4)
-            raise InputError(f"Symbol {k} of the prompt, {s!r}, is not in the vocabulary." + (f" Did you mean {near[0]!r}?" if near else ""))
+            hint = " Symbols are separated by spaces." if all(c in vocab for c in s) else f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"Symbol {k} of the prompt, {s!r}, is not in the vocabulary.{hint}")
+        if s in (tokenizer.pad_token, tokenizer.eos_token) or s == tokenizer.bos_token and k > 1:
+            raise InputError(f"Symbol {k} of the prompt, {s!r}, cannot be continued: only {tokenizer.bos_token} may stand there, at the beginning.")
     ids = [vocab[s] for s in symbols]
     return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
 
@@ -53,7 +56,7 @@ def next_tokens(
     best = p.topk(min(top, len(p)))
     return list(zip(tokenizer.convert_ids_to_tokens(best.indices.tolist()), best.values.tolist()))
 
-# %% ../nbs/06_inference.ipynb #a4883426
+# %% ../nbs/06_inference.ipynb #19341321
 def text_bars(
     pairs: list[tuple[str, float]], # From `next_tokens`
     width: int = 40, # Characters for a probability of 1
@@ -68,7 +71,8 @@ def plot_next(
     "Draws probabilities as bars; returns the figure."
     with sns.axes_style("whitegrid"): fig, ax = plt.subplots(figsize=(5, 0.3*len(pairs) + 0.4), layout="constrained")
     ax.bar_label(ax.barh(*zip(*pairs), color="tab:orange"), [f"{p:.1%}" for _, p in pairs], padding=3)
-    ax.set(xlim=(0, 1))
+    ax.set(xlim=(0, 1.1))
+    ax.grid(visible=False)
     ax.invert_yaxis()
     return fig
 
@@ -90,7 +94,7 @@ class Ticker(StoppingCriteria):
         self.bar.update()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-# %% ../nbs/06_inference.ipynb #5701baf9
+# %% ../nbs/06_inference.ipynb #0b68e586
 def generate(
     model, # A language model, in evaluation mode
     tokenizer, # Its tokenizer
@@ -106,10 +110,11 @@ def generate(
     use_cache: bool = True, # Keep keys and values of earlier tokens instead of computing them again
 ) -> list[Sample]: # Samples of the first prefix, then of the second, ...
     "Continues each prefix; raises `InputError` for impossible options and prefixes that are too long."
-    for name, value, fine in (("num_samples", num_samples, num_samples >= 1), ("max_new_tokens", max_new_tokens, max_new_tokens is None or max_new_tokens >= 1),
-                              ("temperature", temperature, 0 <= temperature < float("inf")), ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1),
-                              ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"))):
-        if not fine: raise InputError(f"{name} is {value}. See seqgpt infer --help.")
+    for name, value, fine, rule in (
+            ("num_samples", num_samples, num_samples >= 1, "at least 1"), ("max_new_tokens", max_new_tokens, max_new_tokens is None or max_new_tokens >= 1, "at least 1"),
+            ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"), ("top_k", top_k, top_k >= 0, "0 or more"),
+            ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"), ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "more than 0")):
+        if not fine: raise InputError(f"{name} is {value}. It must be {rule}.")
     encoded = [ids for p in prompts for ids in [encode_prompt(tokenizer, p)]*num_samples]
     room = model.config.n_positions - max(map(len, encoded))
     if room < 1: raise InputError(f"The longest prefix has {max(map(len, encoded))} tokens; with {model.config.n_positions} positions there is no room to continue it.")
@@ -118,7 +123,7 @@ def generate(
     how = GenerationConfig(max_new_tokens=new, repetition_penalty=repetition_penalty, use_cache=use_cache, **choose, pad_token_id=tokenizer.pad_token_id,
                            eos_token_id=tokenizer.eos_token_id, suppress_tokens=[tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id])
     samples, batches = [], range(0, len(encoded), batch_size)
-    with torch.random.fork_rng(), tqdm(total=new*len(batches), desc="Generating", unit="token", delay=2, leave=False) as bar:
+    with torch.random.fork_rng(enabled=seed is not None), tqdm(total=new*len(batches), desc="Generating", unit="token", delay=2, leave=False) as bar:
         if seed is not None: torch.manual_seed(seed)
         for k, start in enumerate(batches):
             some = encoded[start:start + batch_size]

@@ -6,12 +6,13 @@
 __all__ = ['PRECISIONS', 'Config', 'check_config', 'pick_precision', 'token_sums', 'ExactMetrics', 'StopOnSignal', 'Interrupted',
            'Diverged', 'StopWhenNotFinite', 'write_config', 'read_config', 'model_card', 'save_model', 'Bar',
            'recent_perplexity', 'KeepBest', 'validation_metrics', 'load_vocab', 'load_data', 'training_arguments',
-           'find_checkpoint', 'begin_run', 'Run', 'plot_curves', 'train']
+           'find_checkpoint', 'resume_command', 'begin_run', 'Run', 'plot_curves', 'train']
 
-# %% ../nbs/04_training.ipynb #86573354
+# %% ../nbs/04_training.ipynb #7f7fa24e
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -29,9 +30,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.optimization import get_scheduler
+from transformers.trainer_utils import get_last_checkpoint
 
-from .data import Corpus, Split, collate, read_corpus, split_corpus
+from .data import Corpus, Split, collate, corpus_files, read_corpus, split_corpus
 from .model import count_parameters, make_config, new_model
 from .tokenizer import SPECIALS, InputError, make_tokenizer, save_tokenizer
 
@@ -72,7 +74,7 @@ class Config:
     n_embd: int = 384 # Dimensions of a token
     model: dict = field(default_factory=dict) # Any other field of GPT2Config, such as resid_pdrop: 0.2
 
-# %% ../nbs/04_training.ipynb #e73a94c0
+# %% ../nbs/04_training.ipynb #840bdbf8
 def check_config(
     config: Config,
 ):
@@ -80,13 +82,18 @@ def check_config(
     positive = ("batch_size", "gradient_accumulation_steps", "learning_rate", "num_epochs", "logging_steps", "max_grad_norm")
     for name in positive:
         if not 0 < getattr(config, name) < math.inf: raise InputError(f"{name} is {getattr(config, name)}. It must be more than 0.")
-    for name in ("eval_steps", "early_stopping_patience", "warmup_steps", "weight_decay", "seed"):
+    for name in ("eval_steps", "early_stopping_patience", "warmup_steps", "weight_decay"):
         if not 0 <= getattr(config, name) < math.inf: raise InputError(f"{name} is {getattr(config, name)}. It must be 0 or more.")
+    if not 0 <= config.seed < 2**32: raise InputError(f"seed is {config.seed}. It must lie between 0 and {2**32 - 1}.")
+    if config.max_steps < 1 and config.max_steps != -1: raise InputError(f"max_steps is {config.max_steps}. It must be at least 1, or -1 to go by num_epochs.")
+    if named := {"n_layer", "n_head", "n_embd"} & config.model.keys(): raise InputError(f"model.{min(named)}: is a setting of its own, --{min(named)}.")
     if config.data_path is None: raise InputError("No data. Name it with --data_path.")
     if not 0 < config.validation_fraction < 1: raise InputError(f"validation_fraction is {config.validation_fraction}. It must lie between 0 and 1.")
     if config.precision not in PRECISIONS: raise InputError(f"precision is {config.precision!r}. Choose {', '.join(PRECISIONS)}.")
-    kinds = [kind.value for kind in SchedulerType]
-    if config.lr_scheduler_type not in kinds: raise InputError(f"lr_scheduler_type is {config.lr_scheduler_type!r}. Choose from {', '.join(kinds)}.")
+    try: get_scheduler(config.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), num_warmup_steps=1, num_training_steps=2)
+    except Exception as e: raise InputError(f"lr_scheduler_type {config.lr_scheduler_type!r} cannot be used: {' '.join(str(e).split())}") from e
+    if config.data_path and Path(config.data_path).resolve() == Path(config.output_dir).resolve():
+        raise InputError(f"{config.output_dir}: is the folder of the data. Choose another --output_dir, or samples would become data.")
     if config.resume and config.overwrite: raise InputError("Choose one of --resume (go on) and --overwrite (start again).")
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -154,7 +161,7 @@ class StopOnSignal(TrainerCallback):
 class Interrupted(KeyboardInterrupt):
     "The run was stopped by the user; everything is saved, and the message says how to go on."
 
-# %% ../nbs/04_training.ipynb #7343a6a5
+# %% ../nbs/04_training.ipynb #a8026a1a
 class Diverged(RuntimeError):
     "The loss is not finite; the message says what to do."
 
@@ -163,8 +170,9 @@ class StopWhenNotFinite(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "eval_loss", *(() if args.fp16 else ("grad_norm",))): # in fp16 a step with an infinite gradient is skipped
             if not math.isfinite(logs.get(name, 0)):
-                raise Diverged(f"The {name} at step {state.global_step} is {logs[name]}: training has diverged. The best model so far is kept.\n"
-                               f"Start again with a lower --learning_rate (it was {args.learning_rate:g}), or with --warmup_steps 0.05 or --precision fp32.")
+                kept = "There was no good model yet." if state.best_metric is None else "The best model so far is kept."
+                raise Diverged(f"The {name} at step {state.global_step} is {logs[name]}: training has diverged. {kept}\n"
+                               f"Start again with a lower --learning_rate (it was {args.learning_rate:g}), --warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
 
 # %% ../nbs/04_training.ipynb #36a402b2
 def write_config(
@@ -256,7 +264,7 @@ def recent_perplexity(
         if "loss" in log: losses.append(log["loss"])
     return math.exp(min(sum(losses)/len(losses), 700)) if losses else math.nan
 
-# %% ../nbs/04_training.ipynb #f30b1473
+# %% ../nbs/04_training.ipynb #2d9540e2
 class KeepBest(TrainerCallback):
     "At each validation: prints a line, writes `best_model` where the loss is the lowest so far, stops where it no longer falls."
     def __init__(self,
@@ -283,7 +291,7 @@ class KeepBest(TrainerCallback):
         if best: save_model(self.output_dir/"best_model", model, self.tokenizer, self.config, found)
         speed = (state.num_input_tokens_seen - self.tokens) / self.seconds if self.seconds else math.nan
         self.seconds, self.tokens = 0, state.num_input_tokens_seen
-        tqdm.write(f"{found['epoch']:6.2f} {found['step']:7} {found['train_perplexity']:10.3f} {found['perplexity']:9.3f} {found['accuracy']:9.2%} "
+        tqdm.write(f"{found['epoch']:6.2f} {found['step']:7} {found['train_perplexity']:10.4g} {found['perplexity']:9.4g} {found['accuracy']:9.2%} "
                    f"{speed:9,.0f}{'  best so far' if best else ''}")
 
 def validation_metrics(
@@ -295,12 +303,12 @@ def validation_metrics(
     return {"perplexity": log["eval_perplexity"], "accuracy": log["eval_accuracy"], "train_perplexity": recent_perplexity(history[:k + 1]),
             "epoch": round(log["epoch"], 4), "step": log["step"]}
 
-# %% ../nbs/04_training.ipynb #a2c5ab33
+# %% ../nbs/04_training.ipynb #2c26a620
 def load_vocab(
     config: Config,
 ): # A tokenizer
     "The tokenizer for the vocabulary that `config` names, or that lies beside its data."
-    data = Path(config.data_path)
+    data, _ = Path(config.data_path), corpus_files(config.data_path) # before the vocabulary is missed, say that the data is
     path = config.vocab_path or (data if data.is_dir() else data.parent)/"vocab.json"
     return make_tokenizer(path, **{role: getattr(config, role) for role in SPECIALS})
 
@@ -312,7 +320,7 @@ def load_data(
     corpus = read_corpus(config.data_path, tokenizer, config.max_length, config.long, config.skip_bad_lines, cache_dir=config.cache_dir)
     return corpus, split_corpus(corpus.dataset, config.validation_fraction, config.seed)
 
-# %% ../nbs/04_training.ipynb #84908936
+# %% ../nbs/04_training.ipynb #6fcafdc3
 def training_arguments(
     config: Config,
     n_train: int, # Training sequences
@@ -329,35 +337,47 @@ def training_arguments(
         batch_eval_metrics=True, include_num_input_tokens_seen="non_padding", logging_nan_inf_filter=False, report_to=[],
         remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available())
     per_epoch = math.ceil(n_train / (args.train_batch_size * args.world_size * config.gradient_accumulation_steps))
+    args.max_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * per_epoch)
     args.eval_steps = args.save_steps = config.eval_steps or per_epoch
     args.logging_steps = min(config.logging_steps, args.eval_steps)
     return args
 
-# %% ../nbs/04_training.ipynb #bd080578
+# %% ../nbs/04_training.ipynb #8c98d21c
 def find_checkpoint(
     config: Config,
     fingerprint: str, # Of the encoded data
+    total_steps: int, # When the run will be finished
 ) -> str | None: # Folder of the newest checkpoint, where `config.resume` asks for one
     "Where to go on from; raises `InputError` where a run is in the way or does not fit."
     out = Path(config.output_dir)
-    if not config.resume:
-        if not config.overwrite and any((out/name).exists() for name in ("best_model", "final_model", "checkpoints")):
-            raise InputError(f"{out}: holds an earlier run. Go on with it (--resume), replace it (--overwrite) or choose another --output_dir.")
-        return None
     checkpoint = get_last_checkpoint(out/"checkpoints") if (out/"checkpoints").is_dir() else None
-    if checkpoint is None:
-        tqdm.write(f"{out}: no checkpoint to go on from; starting from the beginning.")
+    if config.overwrite: return None
+    if not config.resume or checkpoint is None:
+        if checkpoint or any((out/name).exists() for name in ("best_model", "final_model")):
+            go_on = "Go on with it (--resume), replace" if checkpoint else "There is no checkpoint to go on from; replace"
+            raise InputError(f"{out}: holds an earlier run. {go_on} it (--overwrite) or choose another --output_dir.")
+        if config.resume: tqdm.write(f"{out}: no checkpoint to go on from; starting from the beginning.")
         return None
     before, now = asdict(read_config(out/"config.yaml")), asdict(config)
     fixed = ("max_length", "long", "validation_fraction", "batch_size", "gradient_accumulation_steps", "seed", "n_layer", "n_head", "n_embd", "model")
     differ = [f"{name} (was {before[name]}, is {now[name]})" for name in fixed if before[name] != now[name]]
-    if json.loads((out/"split.json").read_text())["fingerprint"] != fingerprint: differ.append("the data or the vocabulary")
+    try: same = json.loads((out/"split.json").read_text())["fingerprint"] == fingerprint
+    except (OSError, ValueError, KeyError) as e: raise InputError(f"{out}/split.json: cannot be read ({e}). Replace the run (--overwrite) or choose another --output_dir.") from e
+    if not same: differ.append("the data or the vocabulary")
     if differ: raise InputError(f"{out}: cannot go on, because these differ from the interrupted run: {', '.join(differ)}.\n"
-                                f"Go on with the same settings (--config {out/'config.yaml'} --resume), or choose another --output_dir.")
+                                f"Go on with the same settings ({resume_command(out)}), or choose another --output_dir.")
+    if (out/"final_model").exists() and int(checkpoint.rsplit("-", 1)[1]) >= total_steps:
+        raise InputError(f"{out}: the run is finished, after {total_steps} steps. Raise --num_epochs or --max_steps to go on, or choose another --output_dir.")
     tqdm.write(f"Going on from {checkpoint}.")
     return checkpoint
 
-# %% ../nbs/04_training.ipynb #7b2eb6fd
+def resume_command(
+    output_dir: Path, # Of an interrupted run
+) -> str: # To be typed in a shell
+    "How to go on with a run."
+    return f"seqgpt train --config {shlex.quote(str(output_dir/'config.yaml'))} --resume"
+
+# %% ../nbs/04_training.ipynb #4d074641
 def begin_run(
     config: Config,
     corpus: Corpus,
@@ -368,6 +388,7 @@ def begin_run(
     tqdm.write(f"{corpus}\n{split}")
     if config.overwrite:
         for name in ("best_model", "final_model", "checkpoints", "runs"): shutil.rmtree(out/name, ignore_errors=True)
+        for name in ("training_curves.png", "samples.png", "samples.jsonl"): (out/name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_config(config, out/"config.yaml")
     indices = {"train": split.train_index.tolist(), "validation": split.validation_index.tolist()}
@@ -403,7 +424,7 @@ def plot_curves(
     for ax in axes: ax.set_xlabel("epoch")
     return fig
 
-# %% ../nbs/04_training.ipynb #06ca3c15
+# %% ../nbs/04_training.ipynb #8bfbf481
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -414,7 +435,7 @@ def train(
     model_config = make_config(tokenizer, config.max_length, config.n_layer, config.n_head, config.n_embd, **config.model)
     corpus, split = load_data(config, tokenizer)
     args, out = training_arguments(config, len(split.train)), Path(config.output_dir)
-    checkpoint = find_checkpoint(config, corpus.report["fingerprint"])
+    checkpoint = find_checkpoint(config, corpus.report["fingerprint"], args.max_steps)
     model, stop, first = new_model(model_config, config.seed), StopOnSignal(), args.process_index == 0 # of several processes, one writes
     if first: begin_run(config, corpus, split)
     trainer = Trainer(
@@ -428,7 +449,6 @@ def train(
     if first:
         plot_curves(state.log_history).savefig(out/"training_curves.png", dpi=120)
         plt.close()
-    if stop.asked: raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. "
-                                     f"Go on with: seqgpt train --config {out/'config.yaml'} --resume")
+    if stop.asked: raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. Go on with: {resume_command(out)}")
     if first: save_model(out/"final_model", model, tokenizer, config, validation_metrics(state.log_history))
     return Run(out, json.loads((out/"best_model/metrics.json").read_text()), state.log_history)

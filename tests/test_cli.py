@@ -1,6 +1,7 @@
 "The installed command, as a user types it."
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,32 @@ def test_evaluate(trained, tmp_path):
     assert result.returncode == 0 and json.loads((tmp_path/"o/metrics.json").read_text())["tokens"] == 12, result.stderr
 
 
+def test_evaluate_says_what_it_cut_off_and_left_out(trained, tmp_path):
+    write_lines(tmp_path, [{"tokens": NOTES*10}, {"tokens": ["H4"]}, {"tokens": NOTES}])
+    ask = lambda *args: seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", "data.jsonl", "--out_dir", "e", *args, cwd=tmp_path)
+    refused(ask(), "1 of 3 lines", "--skip_bad_lines")
+    result = ask("--skip_bad_lines")
+    assert result.returncode == 0 and "36 tokens cut off" in result.stdout and "1 bad lines left out" in result.stdout
+    refused(ask("--skip_bad_lines", "--batch_size", 0), "batch_size is 0")
+
+
+def test_folders_that_are_not_models(trained, tmp_path):
+    ask = lambda: seqgpt("infer", "--model_path", "m", cwd=tmp_path)
+    refused(seqgpt("infer", "--model_path", "outputs", cwd=trained), "no config.json", "outputs/best_model")
+    shutil.copytree(trained/"outputs/final_model", tmp_path/"m")
+    (tmp_path/"m/config.json").write_text('{"model_type": "bert"}')
+    refused(ask(), "type 'bert'")
+    (tmp_path/"m/config.json").write_text("{")
+    refused(ask(), "config.json")
+    shutil.copy(trained/"outputs/final_model/config.json", tmp_path/"m")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"): (tmp_path/"m"/name).unlink()
+    refused(ask(), "tokenizer_config.json")
+    (tmp_path/"m/tokenizer.json").unlink()
+    refused(ask(), "no tokenizer.json")
+    (tmp_path/"m/model.safetensors").write_bytes(b"x"*100)
+    refused(ask(), "cannot be opened")
+
+
 def test_evaluate_refuses_changed_data(corpus):
     assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0
     with open(corpus/"data.jsonl", "a") as f: f.write('{"tokens": ["C4"]}\n')
@@ -96,6 +123,22 @@ def test_generate_continues_and_repeats_with_the_seed(trained, tmp_path):
     result = ask("--prompt_file", trained/"data.jsonl", "--num_prompts", 3, "--num_samples", 2, "--out_dir", tmp_path/"s")
     rows = [json.loads(line) for line in (tmp_path/"s/samples.jsonl").read_text().splitlines()]
     assert result.returncode == 0 and len(rows) == 6 and {"tokens", "given", "finished"} == rows[0].keys()
+    refused(ask("--prompt", "C4", "--out_dir", tmp_path/"s"), "is there already")
+
+
+def test_num_prompts_takes_validation_sequences(trained, tmp_path):
+    result = seqgpt("infer", "--model_path", "outputs/best_model", "--mode", "generate", "--num_prompts", 5, "--prompt_share", 1, "--max_new_tokens", 1, cwd=trained)
+    lines, split = [json.loads(line)["tokens"] for line in open(trained/"data.jsonl")], json.loads((trained/"outputs/split.json").read_text())
+    assert result.returncode == 0, result.stderr
+    for printed, k in zip(result.stdout.splitlines(), split["validation"]): assert printed.split()[:len(lines[k])] == lines[k]
+
+
+def test_without_a_seed_samples_differ(trained):
+    from seqgpt.inference import generate
+    from seqgpt.model import load_model
+    from seqgpt.tokenizer import load_tokenizer
+    model, tokenizer = load_model(trained/"outputs/best_model"), load_tokenizer(trained/"outputs/best_model")
+    assert generate(model, tokenizer, num_samples=10) != generate(model, tokenizer, num_samples=10)
 
 
 def test_infer_mistakes(trained):
@@ -105,6 +148,12 @@ def test_infer_mistakes(trained):
     refused(ask("--mode", "generate", "--top_p", "2"), "top_p is 2")
     refused(ask("--mode", "classfy"), "mode")
     refused(ask("--mode", "generate", "--prompt_file", "none.jsonl"), "none.jsonl")
+    refused(ask("--mode", "generate", "--prompt", "C4D4"), "'C4D4'")
+    refused(ask("--mode", "generate", "--prompt", "C4 <eos>"), "'<eos>', cannot be continued")
+    refused(ask("--mode", "generate", "--num_prompts", "-3"), "num_prompts is -3")
+    refused(ask("--mode", "generate", "--num_prompts", "3", "--prompt", "C4"), "one of --prompt")
+    refused(ask("--top", "0"), "top is 0")
+    refused(ask("--mode", "generate", "--out_dir", "data.jsonl"), "data.jsonl")
     refused(seqgpt("infer", cwd=trained), "model_path")
 
 
@@ -162,6 +211,25 @@ def test_resume_refuses_what_does_not_fit(corpus):
     refused(seqgpt(*RUN, "--max_steps", 4, "--resume", cwd=corpus), "the data")
 
 
+def test_finished_runs_are_left_alone(corpus):
+    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0
+    before = files(corpus/"outputs")
+    refused(seqgpt(*RUN, "--max_steps", 2, "--resume", cwd=corpus), "finished, after 2 steps", "--num_epochs")
+    assert files(corpus/"outputs") == before
+    assert seqgpt(*RUN, "--max_steps", 3, "--resume", cwd=corpus).returncode == 0
+    shutil.rmtree(corpus/"outputs/checkpoints")
+    refused(seqgpt(*RUN, "--max_steps", 4, "--resume", cwd=corpus), "no checkpoint to go on from", "--overwrite")
+
+
+def test_places_that_cannot_be(corpus):
+    (corpus/"file").touch()
+    refused(seqgpt(*RUN, "--output_dir", "file", cwd=corpus), "file")
+    refused(seqgpt("train", "--data_path", ".", "--output_dir", ".", cwd=corpus), "is the folder of the data")
+    refused(seqgpt("corpus", "digits", "--out_dir", "file", cwd=corpus), "file")
+    refused(seqgpt("train", "--learning_rate", "-1", "--output_dir", "digits", cwd=corpus), "learning_rate")
+    assert not (corpus/"digits").exists()
+
+
 def test_resume_with_nothing_to_resume_starts(corpus):
     result = seqgpt(*RUN, "--max_steps", 2, "--resume", cwd=corpus)
     assert result.returncode == 0 and "starting from the beginning" in result.stdout
@@ -190,7 +258,9 @@ def test_yaml_and_flags(corpus):
     (["--model.resid_pdrop", "high"], ["resid_pdrop"]), (["--long", "cut"], ["truncate, split or error"]), (["--max_length", "1"], ["max_length"]),
     (["--data_path", "none.jsonl"], ["none.jsonl", "--data_path"]), (["--vocab_path", "none.json"], ["none.json", "--vocab_path"]), (["--config", "none.yaml"], ["none.yaml"]),
     (["--validation_fraction", "1"], ["validation_fraction"]), (["--lr_scheduler_type", "cosin"], ["cosin"]), (["stray"], ["stray"]),
-    (["--model.activation_function", "gulu"], ["gulu"]),
+    (["--model.activation_function", "gulu"], ["gulu"]), (["--lr_scheduler_type", "cosine_with_min_lr"], ["min_lr"]), (["--model.resid_pdrop", "2"], ["dropout"]),
+    (["--model.n_layer", "3"], ["--n_layer"]), (["--seed", "99999999999999"], ["seed"]), (["--max_steps", "0"], ["max_steps"]), (["--config", "quik"], ["presets are: quick"]),
+    (["--data_path", "nowhere"], ["nowhere", "no such file or folder"]), (["--cache_dir", "data.jsonl"], ["data.jsonl"]), (["--seed", "x"], ["seed", "int"]),
 ])
 def test_mistakes_in_flags_are_refused_and_nothing_is_written(args, words, corpus):
     refused(seqgpt(*RUN, *args, cwd=corpus), *words)
