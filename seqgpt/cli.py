@@ -73,7 +73,7 @@ def corpus(
     from seqgpt.corpora import write_digits
     print(f"Wrote {write_digits(out_dir, image_size, grey_levels)}: {image_size}x{image_size} handwritten digits, {grey_levels} levels of grey.")
 
-# %% ../nbs/10_cli.ipynb #15e974fb
+# %% ../nbs/10_cli.ipynb #612c1de7
 def train_command(
     config, # A `Config`
 ):
@@ -98,7 +98,8 @@ def train_command(
     print(f"\nThe best model on the validation set, in 32 bits:\n{evaluation}\n")
     if evaluation.metrics["perplexity"] > evaluation.baselines["uniform"]["perplexity"]: print("That is worse than guessing. Try a lower --learning_rate.\n")
     model, tokenizer = load_model(best), load_tokenizer(best)
-    print(write_samples(generate(model, tokenizer, num_samples=40, top_p=0.9, seed=config.seed), tokenizer, run.output_dir))
+    longest = evaluation.by_position.shape[1] # in the data; a model that has not learned to stop would go on and on
+    print(write_samples(generate(model, tokenizer, num_samples=40, max_new_tokens=longest, top_p=0.9, seed=config.seed), tokenizer, run.output_dir))
     print(f"{run.output_dir}: best_model, final_model, training_curves.png; curves in detail: tensorboard --logdir {run.output_dir/'runs'}")
 
 # %% ../nbs/10_cli.ipynb #65a23f11

@@ -320,7 +320,7 @@ def load_data(
     corpus = read_corpus(config.data_path, tokenizer, config.max_length, config.long, config.skip_bad_lines, cache_dir=config.cache_dir)
     return corpus, split_corpus(corpus.dataset, config.validation_fraction, config.seed)
 
-# %% ../nbs/04_training.ipynb #6fcafdc3
+# %% ../nbs/04_training.ipynb #0e94e3ad
 def training_arguments(
     config: Config,
     n_train: int, # Training sequences
@@ -335,7 +335,7 @@ def training_arguments(
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, bf16=precision == "bf16", fp16=precision == "fp16",
         eval_strategy="steps", save_strategy="steps", save_total_limit=2, metric_for_best_model="loss", greater_is_better=False,
         batch_eval_metrics=True, include_num_input_tokens_seen="non_padding", logging_nan_inf_filter=False, report_to=[],
-        remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available())
+        remove_unused_columns=False, disable_tqdm=False, dataloader_pin_memory=torch.cuda.is_available())
     per_epoch = math.ceil(n_train / (args.train_batch_size * args.world_size * config.gradient_accumulation_steps))
     args.max_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * per_epoch)
     args.eval_steps = args.save_steps = config.eval_steps or per_epoch

@@ -59,8 +59,9 @@ def redirect(stdin):
 
 
 def installed(*args, cwd):
-    "Runs the installed command in `cwd`."
-    return subprocess.run(["seqgpt", *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    "Runs the installed command in `cwd`, with its progress bars."
+    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    return subprocess.run(["seqgpt", *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def refused(result, *words):
@@ -79,4 +80,5 @@ def trained(melodies, tmp_path_factory):
     result = installed("train", "--data_path", "data.jsonl", "--num_epochs", 2, "--max_length", 16, *TINY, cwd=folder)
     assert result.returncode == 0, result.stderr
     (folder/"printed.txt").write_text(result.stdout)
+    (folder/"bars.txt").write_text(result.stderr)
     return folder

@@ -38,6 +38,12 @@ def test_outputs_are_complete(trained):
     assert sorted(split["train"] + split["validation"]) == list(range(200)) and len(split["validation"]) == 40
 
 
+def test_progress_bar_and_lines(trained):
+    bar = (trained/"bars.txt").read_text()
+    assert re.search(r"20/20 \[\d\d:\d\d<\d\d:\d\d, .*it/s, loss=", bar) and "{'loss'" not in bar, bar[-2000:]
+    assert (trained/"printed.txt").read_text().count("best so far") >= 1
+
+
 def test_plain_transformers_opens_the_folder(trained):
     folder, text = trained/"outputs/best_model", "<bos> C4 E4 G4"
     model, auto = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
