@@ -60,15 +60,17 @@ def test_printed_metrics_are_those_of_transformers(trained):
     assert f"{metrics['perplexity']:.4g}" in (trained/"printed.txt").read_text()
     model = AutoModelForCausalLM.from_pretrained(trained/"outputs/best_model").eval()
     lines = [json.loads(line)["tokens"] for line in open(trained/"data.jsonl")]
-    nats = right = n = 0
+    nats = right = n = nats_of_eos = 0
     for k in json.loads((trained/"outputs/split.json").read_text())["validation"]:
         ids = torch.tensor([[1, *(VOCAB[s] for s in lines[k]), 2]])
         with torch.no_grad(): out = model(ids, labels=ids)
         nats, n = nats + out.loss.item()*(ids.shape[1] - 1), n + ids.shape[1] - 1
         right += (out.logits[0, :-1].argmax(-1) == ids[0, 1:]).sum().item()
+        nats_of_eos -= out.logits[0, -2].log_softmax(-1)[VOCAB["<eos>"]].item()
     assert metrics["tokens"] == n and metrics["sequences"] == 40
     assert np.isclose(metrics["perplexity"], np.exp(nats/n), rtol=1e-5) and np.isclose(metrics["accuracy"], right/n)
     assert np.isclose(metrics["nats_per_sequence"], nats/40, rtol=1e-5) and np.isclose(metrics["bits_per_token"], nats/n/np.log(2), rtol=1e-5)
+    assert metrics["tokens_without_eos"] == n - 40 and np.isclose(metrics["perplexity_without_eos"], np.exp((nats - nats_of_eos)/(n - 40)), rtol=1e-5)
 
 
 # --- evaluate
@@ -145,6 +147,12 @@ def test_without_a_seed_samples_differ(trained):
     from seqgpt.tokenizer import load_tokenizer
     model, tokenizer = load_model(trained/"outputs/best_model"), load_tokenizer(trained/"outputs/best_model")
     assert generate(model, tokenizer, num_samples=10) != generate(model, tokenizer, num_samples=10)
+
+
+def test_a_closed_pipe_is_no_error(trained):
+    command = "seqgpt infer --model_path outputs/best_model --mode generate --num_samples 3000 --max_new_tokens 3 | head -n 1"
+    result = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=120)
+    assert len(result.stdout.splitlines()) == 1 and result.stderr == ""
 
 
 def test_infer_mistakes(trained):
