@@ -1,9 +1,11 @@
 "Everything is offline, small, and in a folder of its own."
 import os
 import sys
+import tempfile
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", MPLBACKEND="agg")
+cache = tempfile.TemporaryDirectory() # of encoded data; removed at the end
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", MPLBACKEND="agg", HF_DATASETS_CACHE=cache.name)
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 import contextlib
@@ -18,11 +20,6 @@ ROOT = Path(__file__).parent.parent
 TINY = "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 16 --learning_rate 3e-3".split()
 NOTES = ["C4", "D4", "E4", "F4", "G4"]
 VOCAB = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *NOTES])}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")
