@@ -72,6 +72,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'seqgpt.evaluation.histories': ('evaluation.html#histories', 'seqgpt/evaluation.py'),
                                    'seqgpt.evaluation.plot_evaluation': ('evaluation.html#plot_evaluation', 'seqgpt/evaluation.py'),
                                    'seqgpt.evaluation.token_scores': ('evaluation.html#token_scores', 'seqgpt/evaluation.py'),
+                                   'seqgpt.evaluation.training_split': ('evaluation.html#training_split', 'seqgpt/evaluation.py'),
                                    'seqgpt.evaluation.write_evaluation': ('evaluation.html#write_evaluation', 'seqgpt/evaluation.py')},
             'seqgpt.inference': { 'seqgpt.inference.Sample': ('inference.html#sample', 'seqgpt/inference.py'),
                                   'seqgpt.inference.Sample.__repr__': ('inference.html#sample.__repr__', 'seqgpt/inference.py'),

@@ -141,7 +141,7 @@ def evaluate(
     write_evaluation(evaluation, out)
     print(f"{evaluation}\nWrote {out}/metrics.json and evaluation.png.")
 
-# %% ../nbs/10_cli.ipynb #968d9082
+# %% ../nbs/10_cli.ipynb #4b5fbb36
 def read_sequences(
     path: str | Path | None, # JSON Lines file, plain or gzip, or a folder of them; None: the validation set of the model
     model_path: str | Path, # Folder of a trained model
@@ -150,8 +150,8 @@ def read_sequences(
 ) -> list[list[str]]: # Symbols, without `<bos>` and `<eos>`
     "The first sequences at `path`; raises `InputError` where a line is not one."
     from seqgpt.data import read_corpus
-    from seqgpt.training import load_data, read_config
-    dataset = read_corpus(path, tokenizer).dataset if path else load_data(read_config(Path(model_path)/"config.yaml"), tokenizer)[1].validation
+    from seqgpt.evaluation import training_split
+    dataset = read_corpus(path, tokenizer).dataset if path else training_split(model_path, tokenizer).validation
     frame = (tokenizer.bos_token, tokenizer.eos_token)
     return [[s for s in tokenizer.convert_ids_to_tokens(ids) if s not in frame] for ids in dataset[:most]["input_ids"]]
 
@@ -191,7 +191,7 @@ def infer(
         print(write_samples(samples, tokenizer, out_dir, sum(rows, []), num_samples + 1 if rows else 10), file=sys.stderr)
     for s in samples: print(*s.tokens)
 
-# %% ../nbs/10_cli.ipynb #1ada88e9
+# %% ../nbs/10_cli.ipynb #de0717fa
 def interact(
     model, # A language model
     tokenizer, # Its tokenizer
@@ -211,7 +211,7 @@ def interact(
     symbols = prompt.split()
     print("Type symbols to append them, Enter for the most probable one, /sample for a random one,\n/back to take one back, /clear to start again, /quit to end.")
     while True:
-        if symbols[-1:] == [tokenizer.eos_token] or len(symbols) >= model.config.n_positions:
+        if symbols[-1:] == [tokenizer.eos_token] or len(symbols) + 1 >= model.config.n_positions: # <bos> takes one
             print(f"The sequence has ended: {' '.join(symbols)}\nStarting again.")
             symbols = []
         pairs = next_tokens(model, tokenizer, symbols, top)

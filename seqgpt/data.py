@@ -328,7 +328,7 @@ def collate(
     batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(~real, -100)}
     return batch if real.all() else {**batch, "attention_mask": real.long()}
 
-# %% ../nbs/01_data.ipynb #de99b265
+# %% ../nbs/01_data.ipynb #7619161e
 def plot_batch(
     batch: dict[str, torch.Tensor], # From `collate`
     tokenizer, # To write the symbols
@@ -338,9 +338,9 @@ def plot_batch(
     names = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).numpy()
     labels = batch["labels"].numpy()
-    panels = {"input_ids": (ids, names[ids]), "labels": (labels, np.where(labels < 0, "-100", names[labels.clip(0)])), "attention_mask": (mask, mask)}
+    panels = {"input_ids": names[ids], "labels": np.where(labels < 0, "-100", names[labels.clip(0)]), "attention_mask": mask}
     fig, axes = plt.subplots(3, 1, figsize=(0.8*ids.shape[1] + 1, 0.45*3*(len(ids) + 1)), layout="constrained")
-    for ax, (title, (values, text)) in zip(axes, panels.items()):
+    for ax, (title, text) in zip(axes, panels.items()):
         grey = mask == 0
         sns.heatmap(np.where(grey, np.nan, ids % 10), annot=text, fmt="", cmap=sns.color_palette("pastel"), vmin=-0.5, vmax=9.5, cbar=False, linewidths=1, ax=ax,
                     xticklabels=False, yticklabels=False)

@@ -264,7 +264,7 @@ def recent_perplexity(
         if "loss" in log: losses.append(log["loss"])
     return math.exp(min(sum(losses)/len(losses), 700)) if losses else math.nan
 
-# %% ../nbs/04_training.ipynb #2d9540e2
+# %% ../nbs/04_training.ipynb #f9e156f1
 class KeepBest(TrainerCallback):
     "At each validation: prints a line, writes `best_model` where the loss is the lowest so far, stops where it no longer falls."
     def __init__(self,
@@ -291,7 +291,7 @@ class KeepBest(TrainerCallback):
         if best: save_model(self.output_dir/"best_model", model, self.tokenizer, self.config, found)
         speed = (state.num_input_tokens_seen - self.tokens) / self.seconds if self.seconds else math.nan
         self.seconds, self.tokens = 0, state.num_input_tokens_seen
-        tqdm.write(f"{found['epoch']:6.2f} {found['step']:7} {found['train_perplexity']:10.4g} {found['perplexity']:9.4g} {found['accuracy']:9.2%} "
+        tqdm.write(f"{found['epoch']:6.2f} {found['step']:7} {found.get('train_perplexity', math.nan):10.4g} {found['perplexity']:9.4g} {found['accuracy']:9.2%} "
                    f"{speed:9,.0f}{'  best so far' if best else ''}")
 
 def validation_metrics(
@@ -300,7 +300,8 @@ def validation_metrics(
     "The last validation, as it is saved with a model."
     k = max(k for k, log in enumerate(history) if "eval_loss" in log)
     log = history[k]
-    return {"perplexity": log["eval_perplexity"], "accuracy": log["eval_accuracy"], "train_perplexity": recent_perplexity(history[:k + 1]),
+    train = recent_perplexity(history[:k + 1])
+    return {"perplexity": log["eval_perplexity"], "accuracy": log["eval_accuracy"], **({"train_perplexity": train} if math.isfinite(train) else {}),
             "epoch": round(log["epoch"], 4), "step": log["step"]}
 
 # %% ../nbs/04_training.ipynb #2c26a620

@@ -85,6 +85,12 @@ def test_evaluate(trained, tmp_path):
     assert result.returncode == 0 and json.loads((tmp_path/"o/metrics.json").read_text())["tokens"] == 12, result.stderr
 
 
+def test_metrics_are_valid_json_even_where_no_loss_was_logged(corpus):
+    assert seqgpt(*RUN, "--max_steps", 11, "--eval_steps", 10, cwd=corpus).returncode == 0
+    strict = lambda name: pytest.fail(f"{name} in metrics.json")
+    for name in ("best_model", "final_model"): json.loads((corpus/"outputs"/name/"metrics.json").read_text(), parse_constant=strict)
+
+
 def test_evaluate_says_what_it_cut_off_and_left_out(trained, tmp_path):
     write_lines(tmp_path, [{"tokens": NOTES*10}, {"tokens": ["H4"]}, {"tokens": NOTES}])
     ask = lambda *args: seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", "data.jsonl", "--out_dir", "e", *args, cwd=tmp_path)
@@ -115,6 +121,7 @@ def test_evaluate_refuses_changed_data(corpus):
     assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0
     with open(corpus/"data.jsonl", "a") as f: f.write('{"tokens": ["C4"]}\n')
     refused(seqgpt("evaluate", "--model_path", "outputs/best_model", cwd=corpus), "has changed since the training", "--data_path")
+    refused(seqgpt("infer", "--model_path", "outputs/best_model", "--mode", "generate", "--num_prompts", 2, cwd=corpus), "has changed since the training", "--prompt_file")
     refused(seqgpt("evaluate", "--model_path", "nowhere", cwd=corpus), "nowhere", "outputs/best_model")
 
 
@@ -176,6 +183,8 @@ def test_interactive_shows_bars_and_takes_symbols(trained):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("█") and "2 symbols: C4 D4" in result.stdout and "'H9', is not in the vocabulary" in result.stdout
     assert seqgpt("infer", "--model_path", "outputs/best_model", cwd=trained, input="").returncode == 0
+    full = seqgpt("infer", "--model_path", "outputs/best_model", "--prompt", " ".join(["C4"]*14), cwd=trained, input="/sample\n/sample\n/sample\n")
+    assert full.returncode == 0 and "The sequence has ended" in full.stdout, full.stderr # 16 positions, one of them for <bos>
 
 
 # --- runs in each other's way, interrupted runs
