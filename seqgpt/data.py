@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BadLine', 'symbol_ids', 'frame', 'read_label', 'parse_line', 'corpus_files', 'read_lines', 'Problems', 'cut',
            'fingerprint', 'Corpus', 'encode_rows', 'id_type', 'write_arrow', 'read_corpus', 'Split', 'split_corpus',
-           'collate', 'plot_batch', 'write_corpus']
+           'given_split', 'collate', 'plot_batch', 'write_corpus']
 
 # %% ../nbs/01_data.ipynb #6d2182b6
 import gzip
@@ -315,6 +315,15 @@ def split_corpus(
     train, validation = (np.isin(rows, p) for p in parts)
     shared = len(np.unique(rows[validation & np.isin(digest, digest[train])]))
     return Split(dataset.select(np.flatnonzero(train)), dataset.select(np.flatnonzero(validation)), *parts, shared)
+
+# %% ../nbs/01_data.ipynb #5313bcb7
+def given_split(
+    train: Dataset, # Of a `Corpus`
+    validation: Dataset, # Of another
+) -> Split:
+    "Two sets that came apart, with an account of the sequences that stand in both."
+    (rows, digest), (new_rows, new_digest) = ([d.with_format("numpy")[name][:] for name in ("source", "digest")] for d in (train, validation))
+    return Split(train, validation, np.unique(rows), np.unique(new_rows), len(np.unique(new_rows[np.isin(new_digest, digest)])))
 
 # %% ../nbs/01_data.ipynb #35f0ea2b
 def collate(

@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'Config', 'check_config', 'pick_precision', 'token_sums
            'recent_perplexity', 'KeepBest', 'validation_metrics', 'load_vocab', 'load_data', 'training_arguments',
            'find_checkpoint', 'resume_command', 'begin_run', 'Run', 'plot_curves', 'train']
 
-# %% ../nbs/04_training.ipynb #7f7fa24e
+# %% ../nbs/04_training.ipynb #bcbf0009
 import json
 import math
 import os
@@ -33,11 +33,11 @@ from transformers.integrations import TensorBoardCallback
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import Corpus, Split, collate, corpus_files, read_corpus, split_corpus
+from .data import Corpus, Split, collate, corpus_files, given_split, read_corpus, split_corpus
 from .model import count_parameters, make_config, new_model
 from .tokenizer import SPECIALS, InputError, make_tokenizer, save_tokenizer
 
-# %% ../nbs/04_training.ipynb #7b88eef1
+# %% ../nbs/04_training.ipynb #af1c5582
 @dataclass
 class Config:
     "What a training run depends on; the defaults are those of the project."
@@ -50,7 +50,8 @@ class Config:
     max_length: int = 1024 # Longest sequence in tokens, <bos> and <eos> included; also the positions of the model
     long: str = "truncate" # What to do with longer ones: truncate, split or error
     skip_bad_lines: bool = False # Go on without lines that cannot be used, and say how many
-    validation_fraction: float = 0.2 # Share of the sequences set aside for validation
+    validation_path: str | None = None # Sequences to validate on, in the same forms; default: some of data_path are set aside
+    validation_fraction: float = 0.2 # Share of the sequences of data_path set aside, where validation_path names none
     cache_dir: str | None = None # Where encoded data is kept; default: beside the cache of Hugging Face datasets
     output_dir: str = "outputs" # Where models, checkpoints and logs go
     overwrite: bool = False # Replace an earlier run in output_dir
@@ -189,7 +190,7 @@ def read_config(
     try: return Config(**yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError, yaml.YAMLError) as e: raise InputError(f"{path}: not the configuration of a run ({' '.join(str(e).split())}).") from e
 
-# %% ../nbs/04_training.ipynb #880674e3
+# %% ../nbs/04_training.ipynb #0a126cba
 def model_card(
     model, # A GPT-2
     tokenizer, # Its tokenizer
@@ -206,7 +207,7 @@ tags: [gpt2, seqgpt]
 # A GPT-2 of {count_parameters(model)["all"]:,} parameters, trained from scratch
 
 {c.n_layer} layers, {c.n_head} heads, {c.n_embd} dimensions; {c.vocab_size} symbols, up to {c.n_positions} positions. Trained with seqgpt
-on `{config.data_path}`, of which {config.validation_fraction:.0%} were set aside for validation. All settings are in `config.yaml`.
+on `{config.data_path}`, validated on {f"`{config.validation_path}`" if config.validation_path else f"{config.validation_fraction:.0%} of it"}. All settings are in `config.yaml`.
 
 | on the validation set | |
 |---|---|
@@ -304,7 +305,7 @@ def validation_metrics(
     return {"perplexity": log["eval_perplexity"], "accuracy": log["eval_accuracy"], **({"train_perplexity": train} if math.isfinite(train) else {}),
             "epoch": round(log["epoch"], 4), "step": log["step"]}
 
-# %% ../nbs/04_training.ipynb #2c26a620
+# %% ../nbs/04_training.ipynb #14badd69
 def load_vocab(
     config: Config,
 ): # A tokenizer
@@ -317,9 +318,12 @@ def load_data(
     config: Config,
     tokenizer, # From `load_vocab`, or saved with a model
 ) -> tuple[Corpus, Split]:
-    "The encoded data of `config`, and its two parts."
-    corpus = read_corpus(config.data_path, tokenizer, config.max_length, config.long, config.skip_bad_lines, cache_dir=config.cache_dir)
-    return corpus, split_corpus(corpus.dataset, config.validation_fraction, config.seed)
+    "The encoded data of `config`, and its two parts: drawn, or given."
+    read = lambda path: read_corpus(path, tokenizer, config.max_length, config.long, config.skip_bad_lines, cache_dir=config.cache_dir)
+    corpus = read(config.data_path)
+    if not config.validation_path: return corpus, split_corpus(corpus.dataset, config.validation_fraction, config.seed)
+    other = read(config.validation_path)
+    return Corpus(corpus.dataset, {**corpus.report, "fingerprint": f"{corpus.report['fingerprint']}, {other.report['fingerprint']}"}), given_split(corpus.dataset, other.dataset)
 
 # %% ../nbs/04_training.ipynb #0e94e3ad
 def training_arguments(
