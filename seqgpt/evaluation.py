@@ -6,14 +6,14 @@
 __all__ = ['perplexity_of', 'accuracy_of', 'BINS', 'token_scores', 'Scores', 'rates', 'interval', 'Ngram', 'histories',
            'baselines', 'source_scores', 'confidence_bins', 'calibration_error', 'seen_pairs', 'share_invalid',
            'nearest_distances', 'compare_endings', 'Drawn', 'evaluate_samples', 'Evaluation', 'evaluate',
-           'plot_evaluation', 'plot_comparison', 'plot_positions', 'plot_labels', 'plot_calibration', 'plot_distances',
-           'plot_drawn', 'training_split', 'evaluate_folder', 'write_evaluation']
+           'plot_comparison', 'plot_positions', 'plot_labels', 'plot_calibration', 'plot_distances', 'plot_drawn',
+           'plot_evaluation', 'training_split', 'evaluate_folder', 'write_evaluation']
 
-# %% ../nbs/06_evaluation.ipynb #02d42971
+# %% ../nbs/06_evaluation.ipynb #534d296b
 import json
 import math
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -49,13 +49,11 @@ def token_scores(
     confidence, guess = logits.softmax(-1).max(-1)
     return nats.cpu().numpy(), (guess == truth).cpu().numpy(), confidence.cpu().numpy()
 
-# %% ../nbs/06_evaluation.ipynb #323a1e10
+# %% ../nbs/06_evaluation.ipynb #3de96bb4
 class Scores:
     "Sums over the predicted tokens of a set. Each array is (3, ...): nats, right guesses, tokens."
-    def __init__(self,
-        longest: int, # Tokens that can be predicted in a sequence
-    ):
-        self.by_position, self.eos, self.parts = np.zeros((3, longest)), np.zeros(3), [] # entry t is about token t+1; `<eos>` alone; see `by_sequence`
+    def __init__(self):
+        self.by_position, self.eos, self.parts = np.zeros((3, 0)), np.zeros(3), [] # entry t is about token t+1; `<eos>` alone; see `by_sequence`
 
     def add(self,
         nats: np.ndarray, # (batch, tokens), NaN where nothing counts
@@ -64,6 +62,7 @@ class Scores:
     ):
         counts = ~np.isnan(nats)
         sums = np.stack([np.nan_to_num(nats), right & counts, counts]) # (3, batch, tokens)
+        self.by_position = np.pad(self.by_position, ((0, 0), (0, max(0, sums.shape[2] - self.by_position.shape[1])))) # room for a longer sequence
         self.by_position[:, :sums.shape[2]] += sums.sum(1)
         self.eos += sums[:, eos].sum(1)
         self.parts.append(sums.sum(2))
@@ -83,16 +82,17 @@ def rates(
     nats, right, tokens = sums
     return {"perplexity": math.exp(min(nats/tokens, 700)), "accuracy": float(right/tokens)}
 
-# %% ../nbs/06_evaluation.ipynb #1bd8eddc
+# %% ../nbs/06_evaluation.ipynb #2cb6b07f
 def interval(
     by_sequence: np.ndarray, # (sums, sequences)
     statistic, # Of sums, (sums, ...), to numbers
 ) -> tuple: # Lower and upper end
     "The 95 % confidence interval of a statistic of sums, by bootstrap over sequences."
-    n = by_sequence.shape[1]
+    n, rng = by_sequence.shape[1], np.random.default_rng(0)
     if n < 2: return (math.nan, math.nan)
+    if n > 10_000: by_sequence = np.add.reduceat(by_sequence[:, rng.permutation(n)], np.linspace(0, n, 10_000, endpoint=False).astype(int), axis=1) # groups scatter alike, and bound time
     found = bootstrap(tuple(by_sequence), lambda *sums, axis: statistic(np.stack([s.sum(axis) for s in sums])), paired=True, vectorized=True,
-                      n_resamples=1000, batch=max(1, 1_000_000 // n), method="percentile", rng=np.random.default_rng(0))
+                      n_resamples=1000, batch=100, method="percentile", rng=rng)
     return tuple(map(float, found.confidence_interval))
 
 perplexity_of = lambda sums: np.exp(np.minimum(sums[0] / sums[2], 700))
@@ -166,14 +166,14 @@ def baselines(
         found[name] = {"perplexity": math.exp(nats / len(truth)), "accuracy": float(right / len(truth))}
     return found
 
-# %% ../nbs/06_evaluation.ipynb #2c4e3be1
+# %% ../nbs/06_evaluation.ipynb #ae82cb1d
 def source_scores(
     source: MarkovSource, # Where the sequences come from
     tokenizer, # Of the model
     dataset: Dataset, # Columns `input_ids` and `label`
 ) -> dict[str, Scores]: # Of the best predictor that infers the class, and of the best one that is told
     "The best possible scores on `dataset`; raises `InputError` where a sequence cannot come from `source`."
-    found = {name: Scores(source.max_length - 1) for name in ("class inferred", "class told")}
+    found = {name: Scores() for name in ("class inferred", "class told")}
     for k, row in enumerate(tqdm(dataset, desc="Best possible scores", unit="sequence", delay=2, leave=False)):
         ids = row["input_ids"]
         ended = ids[-1] == tokenizer.eos_token_id
@@ -296,7 +296,7 @@ def evaluate_samples(
     return Drawn(number, rule, () if pairs is None else tuple(share_invalid(s, pairs) for s in (drawn, real)), () if train is None else tuple(nearest_distances(s, train) for s in (drawn, real)),
                  (compare_endings([s.tokens[s.given:] for s in continued], endings), compare_endings(endings[1:] + endings[:1], endings)))
 
-# %% ../nbs/06_evaluation.ipynb #8a5e0486
+# %% ../nbs/06_evaluation.ipynb #504a6b04
 @dataclass
 class Evaluation:
     "How good a model is on a set of sequences."
@@ -339,7 +339,7 @@ class Evaluation:
         return [(name, r["perplexity"], r["accuracy"]) for name, r in rows.items()]
 
     def __str__(self):
-        m, text = self.metrics, lambda name, form: f"  {name}, 95 %".ljust(20) + form.format(*self.intervals[name])
+        m = self.metrics
         lines = [f"{'':20} {'perplexity':>12} {'accuracy':>9}"]
         for name, ppl, acc in self.table():
             lines.append(f"{name:20} {ppl:12.4g} {acc:9.2%}")
@@ -356,7 +356,7 @@ class Evaluation:
 
     __repr__ = __str__
 
-# %% ../nbs/06_evaluation.ipynb #1dae8200
+# %% ../nbs/06_evaluation.ipynb #bfcd1ad4
 def evaluate(
     model, # A language model, in evaluation mode
     tokenizer, # Its tokenizer
@@ -372,7 +372,7 @@ def evaluate(
     if num_samples < 0: raise InputError(f"num_samples is {num_samples}. It must be 0 or more.")
     try: floors = source_scores(source, tokenizer, dataset) if source else {}
     except InputError as e: source, floors = tqdm.write(str(e)), {} # sequences cut in pieces, or from elsewhere: measured without a floor
-    scores, bins = Scores(max(map(len, dataset["input_ids"])) - 1), np.zeros((3, BINS))
+    scores, bins = Scores(), np.zeros((3, BINS))
     for start in tqdm(range(0, len(dataset), batch_size), desc="Evaluating", unit="batch", delay=2, leave=False):
         batch = collate([{"input_ids": ids} for ids in dataset[start:start + batch_size]["input_ids"]], tokenizer.pad_token_id)
         nats, right, confidence = token_scores(model, batch)
@@ -382,20 +382,7 @@ def evaluate(
         scores, dataset["label"][:], bins, baselines(train, dataset, len(tokenizer)) if train is not None else {}, floors,
         evaluate_samples(model, tokenizer, dataset, train, possible_pairs(tokenizer.get_vocab(), source), num_samples, seed) if num_samples else None)
 
-# %% ../nbs/06_evaluation.ipynb #9479eb08
-def plot_evaluation(
-    evaluation: Evaluation,
-):
-    "Draws everything that an evaluation holds; returns the figure."
-    labels = sorted({l for l in evaluation.labels if l is not None}, key=lambda l: (len(l), l))
-    panels = [plot_comparison, plot_positions, *([partial(plot_labels, labels=labels)] if labels else []), plot_calibration]
-    if evaluation.drawn: panels += [plot_distances]*bool(evaluation.drawn.distances) + [plot_drawn]
-    columns = 3 if len(panels) > 4 else 2
-    with sns.axes_style("whitegrid"): fig, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(4*columns, 3*-(-len(panels) // columns)), squeeze=False, layout="constrained")
-    for ax in axes.flat[len(panels):]: ax.axis("off")
-    for ax, panel in zip(axes.flat, panels): panel(evaluation, ax)
-    return fig
-
+# %% ../nbs/06_evaluation.ipynb #60727df3
 def plot_comparison(evaluation: Evaluation, ax):
     "Perplexity beside baselines and floors, as bars."
     names, ppl, _ = zip(*evaluation.table())
@@ -416,13 +403,15 @@ def plot_positions(evaluation: Evaluation, ax):
         ax.set(yscale="log")
         ax.legend(fontsize=7)
 
-def plot_labels(evaluation: Evaluation, ax, labels: list[str]):
+def plot_labels(evaluation: Evaluation, ax):
     "Perplexity of the sequences of each label."
     sums, mine = evaluation.scores.by_sequence, np.array(evaluation.labels, object)
+    labels = sorted(set(evaluation.labels) - {None}, key=lambda l: (len(l), l))
     ax.bar(labels, [perplexity_of(sums[:, mine == l].sum(1)) for l in labels], color="tab:orange")
     ax.set(title="perplexity by label", xlabel="label", ylim=(1, None))
     if len(labels) > 12: ax.tick_params(axis="x", labelrotation=90, labelsize=7)
 
+# %% ../nbs/06_evaluation.ipynb #81dab743
 def plot_calibration(evaluation: Evaluation, ax):
     "How often guesses of each confidence were right."
     confidence, right, guesses = evaluation.bins[:, evaluation.bins[2] > 0]
@@ -447,6 +436,20 @@ def plot_drawn(evaluation: Evaluation, ax):
     ax.set(title="drawn sequences", ylim=(0, 1.3), xticks=np.arange(len(rows)) + 0.2, xticklabels=names)
     ax.tick_params(axis="x", labelsize=7)
     ax.legend(fontsize=7, ncols=2, loc="upper center")
+
+# %% ../nbs/06_evaluation.ipynb #9e52a438
+def plot_evaluation(
+    evaluation: Evaluation,
+):
+    "Draws everything that an evaluation holds; returns the figure."
+    drawn = evaluation.drawn
+    panels = {plot_comparison: True, plot_positions: True, plot_labels: any(evaluation.labels), plot_calibration: True, plot_distances: drawn and drawn.distances, plot_drawn: drawn}
+    panels = [panel for panel, wanted in panels.items() if wanted]
+    columns = 3 if len(panels) > 4 else 2
+    with sns.axes_style("whitegrid"): fig, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(4*columns, 3*-(-len(panels) // columns)), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels):]: ax.axis("off")
+    for ax, panel in zip(axes.flat, panels): panel(evaluation, ax)
+    return fig
 
 # %% ../nbs/06_evaluation.ipynb #85690402
 def training_split(
