@@ -29,6 +29,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'seqgpt.corpora.MarkovSource.posterior': ('corpora.html#markovsource.posterior', 'seqgpt/corpora.py'),
                                 'seqgpt.corpora.MarkovSource.scores': ('corpora.html#markovsource.scores', 'seqgpt/corpora.py'),
                                 'seqgpt.corpora.MarkovSource.steps': ('corpora.html#markovsource.steps', 'seqgpt/corpora.py'),
+                                'seqgpt.corpora.credit': ('corpora.html#credit', 'seqgpt/corpora.py'),
                                 'seqgpt.corpora.digit_images': ('corpora.html#digit_images', 'seqgpt/corpora.py'),
                                 'seqgpt.corpora.digit_vocab': ('corpora.html#digit_vocab', 'seqgpt/corpora.py'),
                                 'seqgpt.corpora.digits_shape': ('corpora.html#digits_shape', 'seqgpt/corpora.py'),

@@ -61,7 +61,7 @@ def plain_message(
         return f"{m[1]}: {what[:300]}"
     return " ".join(message.split())[:300]
 
-# %% ../nbs/10_cli.ipynb #f7cf2a8c
+# %% ../nbs/10_cli.ipynb #d0b01757
 def corpus_digits(
     out_dir: str, # Folder to write `vocab.json` and `sequences.jsonl` to
     image_size: int = 16, # Pixels on a side, 4 to 64
@@ -74,10 +74,10 @@ def corpus_digits(
 def corpus_markov(
     out_dir: str, # Folder to write `vocab.json`, `sequences.jsonl` and `source.json` to
     num_sequences: int = 2000, # How many to draw
-    draw_seed: int = 0, # Of the sequences; another one draws others from the same source
+    draw_seed: int = 0, # Of the sequences; another draws others from the same source
     **settings, # See `make_markov`
 ):
-    "Writes sequences of ten classes, drawn from a Markov source whose best possible scores are known exactly."
+    "Writes sequences of several classes, drawn from a Markov source whose best possible scores are known exactly."
     from seqgpt.corpora import limits, make_markov, write_markov
     from seqgpt.tokenizer import InputError
     if draw_seed < 0: raise InputError(f"draw_seed is {draw_seed}. It must be 0 or more.")
@@ -88,7 +88,7 @@ def corpus_markov(
     for name in ("class inferred", "class told"): print(f"{name:15} perplexity {best[name]['perplexity']:.4g}, accuracy {best[name]['accuracy']:.2%}")
     print(f"{'classification':15} accuracy {best['classification']:.2%}, from the whole sequence")
 
-# %% ../nbs/10_cli.ipynb #f7e79502
+# %% ../nbs/10_cli.ipynb #8d607035
 def train_command(
     config, # A `Config`
 ):
@@ -109,8 +109,8 @@ def train_command(
     if not first: return
     best = run.output_dir/"best_model"
     evaluation = evaluate_folder(best)
-    write_evaluation(evaluation, best/"evaluation")
     print(f"\nThe best model on the validation set, in 32 bits:\n{evaluation}\n")
+    write_evaluation(evaluation, best/"evaluation")
     if evaluation.metrics["perplexity"] > evaluation.baselines["uniform"]["perplexity"]: print("That is worse than guessing. Try a lower --learning_rate.\n")
     model, tokenizer = load_model(best), load_tokenizer(best)
     longest = evaluation.scores.by_position.shape[1] # in the data; a model that has not learned to stop would go on and on
@@ -142,7 +142,7 @@ def write_samples(
     return (f"{out}/samples.png: of {len(samples)} drawn digits {judge.recognised(to_images([s.tokens for s in samples], vocab)):.0%} are recognised "
             f"by a classifier of real digits,\nwhich recognises {judge.recognised(judge.held_out):.0%} of held-out real ones and names {judge.accuracy:.1%} of those rightly.")
 
-# %% ../nbs/10_cli.ipynb #256b4892
+# %% ../nbs/10_cli.ipynb #83fdfa01
 def evaluate(
     model_path: str, # Folder of a trained model, such as outputs/best_model
     data_path: str | None = None, # Sequences to evaluate on; default: the validation set of the training
@@ -150,13 +150,14 @@ def evaluate(
     batch_size: int = 16, # Sequences at once
     skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used
     num_samples: int = 100, # Sequences to draw and hold against real ones; 0: none
-    seed: int = 0, # Of these
+    seed: int = 0, # Of the drawn sequences
 ):
     "Measures a trained model on every token, beside simple predictors and the best possible one, and looks at what it draws."
     from seqgpt.evaluation import evaluate_folder, write_evaluation
     evaluation, out = evaluate_folder(model_path, data_path, batch_size, skip_bad_lines, num_samples, seed), out_dir or Path(model_path)/"evaluation"
+    print(evaluation)
     write_evaluation(evaluation, out)
-    print(f"{evaluation}\nWrote {out}/metrics.json and evaluation.png.")
+    print(f"Wrote {out}/metrics.json and evaluation.png.")
 
 # %% ../nbs/10_cli.ipynb #4b5fbb36
 def read_sequences(

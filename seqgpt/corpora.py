@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RULE', 'digit_images', 'quantize', 'plot_images', 'digit_vocab', 'image_tokens', 'digits_shape', 'to_images',
-           'write_digits', 'load_images', 'DigitJudge', 'MarkovSource', 'make_markov', 'limits', 'expected_limits',
-           'write_markov', 'load_source', 'possible_pairs']
+           'write_digits', 'load_images', 'DigitJudge', 'MarkovSource', 'make_markov', 'limits', 'credit',
+           'expected_limits', 'write_markov', 'load_source', 'possible_pairs']
 
 # %% ../nbs/02_corpora.ipynb #5b3911bb
 import json
@@ -220,7 +220,7 @@ def posterior(self: MarkovSource,
     weights = np.exp(logs - logs.max(0)).T
     return weights / weights.sum(1, keepdims=True)
 
-# %% ../nbs/02_corpora.ipynb #0810aa6e
+# %% ../nbs/02_corpora.ipynb #d5ce7418
 @patch
 def ending(self: MarkovSource,
     t: np.ndarray, # Numbers of symbols, 1 to max_length-2
@@ -243,9 +243,10 @@ def scores(self: MarkovSource,
     chosen = np.append(rank, options.shape[1] - 1) if ended else rank
     options = options[:len(chosen)]
     nats = -np.log(options[np.arange(len(chosen)), chosen])
-    return np.append(np.log(len(self.symbols)), nats), np.append(tokens[0] == self.symbols[0], options.argmax(1) == chosen)
+    guess = options.round(12).argmax(1) # ties go to the first, whatever the last digits say
+    return np.append(np.log(len(self.symbols)), nats), np.append(tokens[0] == self.symbols[0], guess == chosen)
 
-# %% ../nbs/02_corpora.ipynb #a72ec9b5
+# %% ../nbs/02_corpora.ipynb #0769192d
 def make_markov(
     order: int = 1, # Symbols that the next one depends on: 1 or 2
     branching: int = 4, # Symbols that can follow each one
@@ -255,13 +256,13 @@ def make_markov(
     classes: int = 10, # Number of classes
     min_length: int = 32, # Tokens in the shortest sequences, <bos> and <eos> included
     max_length: int = 1024, # Tokens in the longest ones; all lengths between are equally likely
-    seed: int = 0, # Of the tables
+    seed: int = 0, # Of the random tables
 ) -> MarkovSource:
     "A source with random tables; raises `InputError` for impossible sizes."
     for name, value, fine, rule in (
             ("order", order, order in (1, 2), "be 1 or 2"), ("symbols", symbols, symbols >= 2, "be at least 2"), ("classes", classes, classes >= 1, "be at least 1"),
-            ("branching", branching, 1 <= branching <= symbols, f"lie between 1 and the {symbols} symbols"), ("difference", difference, 0 <= difference <= 1, "lie between 0 and 1"),
-            ("concentration", concentration, 0.01 <= concentration < np.inf, "be at least 0.01"), ("seed", seed, seed >= 0, "be 0 or more"),
+            ("branching", branching, order <= branching <= symbols, f"lie between {order} (with order {order}) and the {symbols} symbols"), ("difference", difference, 0 <= difference <= 1, "lie between 0 and 1"),
+            ("concentration", concentration, 0.01 <= concentration <= 1e6, "lie between 0.01 and a million"), ("seed", seed, seed >= 0, "be 0 or more"),
             ("min_length", min_length, min_length >= 3, "be at least 3: <bos>, a symbol, <eos>"), ("max_length", max_length, max_length >= min_length, f"be at least min_length ({min_length})")):
         if not fine: raise InputError(f"{name} is {value}. It must {rule}.")
     rng, states = np.random.default_rng(seed), symbols * branching**(order - 1)
@@ -269,7 +270,7 @@ def make_markov(
     common, own = (rng.dirichlet([concentration]*branching, size=size) for size in ((1, states), (classes, states)))
     return MarkovSource([f"s{k:03}" for k in range(symbols)], successors, np.where(rng.random((states, 1)) < difference, own, common), min_length, max_length)
 
-# %% ../nbs/02_corpora.ipynb #21ebf153
+# %% ../nbs/02_corpora.ipynb #67d9eb55
 def limits(
     source: MarkovSource,
     sequences: list[list[str]], # From `source`, without `<bos>` and `<eos>`
@@ -281,8 +282,15 @@ def limits(
         for sums, told in zip(found.values(), (None, label)): sums.append([(s.sum(), len(s)) for s in source.scores(tokens, told)])
     total = {name: np.array(sums).sum(0) for name, sums in found.items()} # ((nats, tokens), (right, tokens))
     rows = {name: {"perplexity": float(np.exp(nats[0] / nats[1])), "accuracy": float(right[0] / right[1])} for name, (nats, right) in total.items()}
-    likeliest = [weights == weights.max() for weights in (source.posterior(t)[-1] for t in sequences)] # where classes tie, one is as good as another
-    return rows | {"classification": float(np.mean([best[label] / best.sum() for best, label in zip(likeliest, labels)]))}
+    return rows | {"classification": float(np.mean([credit(source.posterior(t)[-1], label) for t, label in zip(sequences, labels)]))}
+
+def credit(
+    weights: np.ndarray, # (classes,), from `posterior`
+    label: int, # The true class
+) -> float: # 0 to 1
+    "Whether the likeliest class is the true one; where several tie, the chance to pick the true one among them."
+    best = weights > (1 - 1e-9)*weights.max()
+    return float(best[label] / best.sum())
 
 # %% ../nbs/02_corpora.ipynb #aede4688
 def expected_limits(
@@ -311,7 +319,7 @@ def expected_limits(
         if t >= source.order: share = (flow @ (share[..., None]*source.probabilities).reshape(classes, -1).T).T
     return {"perplexity": float(np.exp(nats / tokens)), "accuracy": float(right / tokens), "tokens": float(tokens)}
 
-# %% ../nbs/02_corpora.ipynb #39ba3e51
+# %% ../nbs/02_corpora.ipynb #fa6dc3e8
 RULE = ("The class is uniform over the rows of `probabilities`, the length (tokens, with <bos> and <eos>) uniform from min_length to max_length, the first symbol uniform over `symbols`. "
         "Symbol x is followed by symbols[successors[x][r]] with probability probabilities[class][state][r]. Order 1: state = x. "
         "Order 2: state = len(successors[w])*w + rank of x among successors[w], for w before x; the second symbol, with no w before its x, has every r equally likely.")
@@ -343,7 +351,9 @@ def load_source(
         d = json.loads(path.read_text(encoding="utf-8"))
         source = MarkovSource(d["symbols"], np.array(d["successors"], int), np.array(d["probabilities"], float), int(d["min_length"]), int(d["max_length"]))
         sums, (n, branching) = source.probabilities.sum(2), source.successors.shape
-        if n != len(source.symbols) or source.probabilities.shape[1:] not in ((n, branching), (n*branching, branching)): raise ValueError("the tables do not fit each other")
+        if not 3 <= source.min_length <= source.max_length: raise ValueError("the lengths are impossible")
+        if source.successors.min() < 0 or source.successors.max() >= n: raise ValueError("successors are not numbers of symbols")
+        if n != len(source.symbols) or d["order"] != source.order or source.probabilities.shape[1:] not in ((n, branching), (n*branching, branching)): raise ValueError("the tables do not fit each other")
         if not np.allclose(sums, 1) or source.probabilities.min() < 0: raise ValueError("probabilities do not add up to 1")
     except (OSError, ValueError, KeyError, TypeError) as e: raise InputError(f"{path}: not the source of a corpus ({type(e).__name__}: {' '.join(str(e).split())[:200]}). Mend it, or move it away.") from e
     return source

@@ -166,25 +166,25 @@ def baselines(
         found[name] = {"perplexity": math.exp(nats / len(truth)), "accuracy": float(right / len(truth))}
     return found
 
-# %% ../nbs/06_evaluation.ipynb #ae82cb1d
+# %% ../nbs/06_evaluation.ipynb #7d459ee2
 def source_scores(
     source: MarkovSource, # Where the sequences come from
     tokenizer, # Of the model
     dataset: Dataset, # Columns `input_ids` and `label`
 ) -> dict[str, Scores]: # Of the best predictor that infers the class, and of the best one that is told
     "The best possible scores on `dataset`; raises `InputError` where a sequence cannot come from `source`."
-    found = {name: Scores() for name in ("class inferred", "class told")}
+    found = {"class inferred": Scores(), "class told": Scores()}
+    if not all(str(l).isdecimal() and int(l) < len(source.probabilities) for l in dataset["label"]): del found["class told"] # nothing to tell
     for k, row in enumerate(tqdm(dataset, desc="Best possible scores", unit="sequence", delay=2, leave=False)):
         ids = row["input_ids"]
         ended = ids[-1] == tokenizer.eos_token_id
         tokens = tokenizer.convert_ids_to_tokens(ids[1:-1] if ended else ids[1:])
         eos = np.arange(1, len(ids))[None] == (len(ids) - 1 if ended else -1)
         for name, scores in found.items():
-            if name == "class told" and not str(row["label"]).isdecimal(): continue
             try: nats, right = source.scores(tokens, None if name == "class inferred" else int(row["label"]), ended)
-            except (InputError, IndexError) as e: raise InputError(f"Sequence {k} is not from the source in source.json, so there is no floor to compare with. {e}") from e
+            except InputError as e: raise InputError(f"Sequence {k} is not from the source in source.json, so there is no floor to compare with. {e}") from e
             scores.add(nats[None], right[None], eos)
-    return {name: scores for name, scores in found.items() if scores.parts}
+    return found
 
 # %% ../nbs/06_evaluation.ipynb #1f55f587
 BINS = 20
@@ -246,7 +246,7 @@ def compare_endings(
     scores = [rouge.score(target=r, prediction=l) for l, r in zip(left, right)]
     return {"bleu": corpus_bleu(left, [right], tokenize="none", force=True).score} | {name: float(np.mean([s[name].fmeasure for s in scores])) for name in scores[0]}
 
-# %% ../nbs/06_evaluation.ipynb #03402e21
+# %% ../nbs/06_evaluation.ipynb #5a1503b5
 @dataclass
 class Drawn:
     "What sequences drawn by a model are like (first of each pair), and held-out real ones (second)."
@@ -254,7 +254,7 @@ class Drawn:
     rule: str # Which pairs of symbols count as possible
     invalid: tuple # Of `share_invalid`; empty where nobody knows what is possible
     distances: tuple # Of `nearest_distances`; empty where the training set is gone
-    endings: tuple[dict, dict] # Of `compare_endings`: continuations, and endings of other real sequences
+    endings: tuple[dict, dict] # Of `compare_endings`: continuations, and endings of other real sequences; empty where there are none
 
     @property
     def metrics(self) -> dict:
@@ -264,14 +264,15 @@ class Drawn:
         return found | self.endings[0] | {f"other_endings_{name}": value for name, value in self.endings[1].items()}
 
     def __str__(self):
-        rows = [(f"{name} with {self.rule}", f"{drawn:.1%}", f"{real:.1%}") for name, drawn, real in zip(("sequences", "symbols"), *self.invalid)]
+        rows = []
+        if self.invalid: rows += [(f"{name} with {self.rule}", f"{drawn:.1%}", f"{real:.1%}") for name, drawn, real in zip(("sequences", "symbols"), *self.invalid)]
         if self.distances:
             rows += [("distance to the nearest training sequence, median", *(f"{np.median(d):.3f}" for d in self.distances)), ("sequences that stand in the training set", *(f"{np.mean(d == 0):.1%}" for d in self.distances))]
-        rows += [(f"{name} of continuations; of other endings", *(f"{e[key]:.3g}" for e in self.endings)) for name, key in (("BLEU", "bleu"), ("ROUGE-L", "rougeL"))]
+        rows += [(f"{name} of continuations; of other endings", *(f"{e[key]:.3g}" if e else "-" for e in self.endings)) for name, key in (("BLEU", "bleu"), ("ROUGE-L", "rougeL"))]
         return "\n".join([f"{f'{self.number} drawn sequences, as the distribution stands':60} {'drawn':>8} {'real':>8}"] + [f"{name:60} {drawn:>8} {real:>8}" for name, drawn, real in rows])
     __repr__ = __str__
 
-# %% ../nbs/06_evaluation.ipynb #7ccddf06
+# %% ../nbs/06_evaluation.ipynb #d968ac43
 def evaluate_samples(
     model, # A language model, in evaluation mode
     tokenizer, # Its tokenizer
@@ -294,9 +295,9 @@ def evaluate_samples(
     if pairs is None and train is not None: pairs = seen_pairs(train, len(tokenizer))
     endings = [s[h:] for s, h in zip(symbols, half)]
     return Drawn(number, rule, () if pairs is None else tuple(share_invalid(s, pairs) for s in (drawn, real)), () if train is None else tuple(nearest_distances(s, train) for s in (drawn, real)),
-                 (compare_endings([s.tokens[s.given:] for s in continued], endings), compare_endings(endings[1:] + endings[:1], endings)))
+                 (compare_endings([s.tokens[s.given:] for s in continued], endings), compare_endings(endings[1:] + endings[:1], endings) if number > 1 else {}))
 
-# %% ../nbs/06_evaluation.ipynb #504a6b04
+# %% ../nbs/06_evaluation.ipynb #06698c2d
 @dataclass
 class Evaluation:
     "How good a model is on a set of sequences."
@@ -350,13 +351,14 @@ class Evaluation:
         if self.floors:
             (low, high), (less, more) = self.intervals["perplexity_over_floor"], self.intervals["accuracy_below_best"]
             lines.append(f"perplexity {m['perplexity_over_floor'] - 1:.2%} above the floor (95 %: {low - 1:.2%} to {high - 1:.2%}), accuracy {100*m['accuracy_below_best']:.2f} points below the best ({100*less:.2f} to {100*more:.2f})")
+            if high < 1: lines.append("Nothing can be that far below the floor: source.json cannot be the source of these sequences.")
         lines.append(f"{m['nats_per_sequence']:.4g} nats per sequence, {m['bits_per_token']:.4g} bits per token, over {m['sequences']:,} sequences, {m['tokens']:,} tokens")
         lines.append(f"calibration error {m['calibration_error']:.2%}: how far confidence and the share of right guesses are apart")
         return "\n".join(lines + ([str(self.drawn)] if self.drawn else []))
 
     __repr__ = __str__
 
-# %% ../nbs/06_evaluation.ipynb #bfcd1ad4
+# %% ../nbs/06_evaluation.ipynb #f8bb9c57
 def evaluate(
     model, # A language model, in evaluation mode
     tokenizer, # Its tokenizer
@@ -369,7 +371,8 @@ def evaluate(
 ) -> Evaluation:
     "Measures `model` on every token of `dataset`, beside what else is known; raises `InputError` for impossible sizes."
     if batch_size < 1: raise InputError(f"batch_size is {batch_size}. It must be at least 1.")
-    if num_samples < 0: raise InputError(f"num_samples is {num_samples}. It must be 0 or more.")
+    for name, value in {"num_samples": num_samples, "seed": seed}.items():
+        if value < 0: raise InputError(f"{name} is {value}. It must be 0 or more.")
     try: floors = source_scores(source, tokenizer, dataset) if source else {}
     except InputError as e: source, floors = tqdm.write(str(e)), {} # sequences cut in pieces, or from elsewhere: measured without a floor
     scores, bins = Scores(), np.zeros((3, BINS))
@@ -382,7 +385,7 @@ def evaluate(
         scores, dataset["label"][:], bins, baselines(train, dataset, len(tokenizer)) if train is not None else {}, floors,
         evaluate_samples(model, tokenizer, dataset, train, possible_pairs(tokenizer.get_vocab(), source), num_samples, seed) if num_samples else None)
 
-# %% ../nbs/06_evaluation.ipynb #60727df3
+# %% ../nbs/06_evaluation.ipynb #0321d131
 def plot_comparison(evaluation: Evaluation, ax):
     "Perplexity beside baselines and floors, as bars."
     names, ppl, _ = zip(*evaluation.table())
@@ -407,11 +410,16 @@ def plot_labels(evaluation: Evaluation, ax):
     "Perplexity of the sequences of each label."
     sums, mine = evaluation.scores.by_sequence, np.array(evaluation.labels, object)
     labels = sorted(set(evaluation.labels) - {None}, key=lambda l: (len(l), l))
-    ax.bar(labels, [perplexity_of(sums[:, mine == l].sum(1)) for l in labels], color="tab:orange")
+    ppl = [perplexity_of(sums[:, mine == l].sum(1)) for l in labels]
+    if len(labels) > 40: # too many to name
+        ax.hist(ppl, bins=30, color="tab:orange")
+        return ax.set(title=f"perplexity by label, {len(labels)} labels", xlabel="perplexity", ylabel="labels")
+    names = [(l if len(l) <= 12 else l[:11] + "…").replace("$", r"\$") for l in labels] # a dollar would begin a formula
+    ax.bar(range(len(labels)), ppl, color="tab:orange")
     ax.set(title="perplexity by label", xlabel="label", ylim=(1, None))
-    if len(labels) > 12: ax.tick_params(axis="x", labelrotation=90, labelsize=7)
+    ax.set_xticks(range(len(labels)), names, **({"rotation": 90, "fontsize": 7} if sum(map(len, names)) > 30 else {}))
 
-# %% ../nbs/06_evaluation.ipynb #81dab743
+# %% ../nbs/06_evaluation.ipynb #f6393fd8
 def plot_calibration(evaluation: Evaluation, ax):
     "How often guesses of each confidence were right."
     confidence, right, guesses = evaluation.bins[:, evaluation.bins[2] > 0]
@@ -430,7 +438,7 @@ def plot_drawn(evaluation: Evaluation, ax):
     "Shares of possible sequences, and what continuations have in common with real endings."
     shares = [(f"without\n{evaluation.drawn.rule}", *(1 - sequences for sequences, _ in evaluation.drawn.invalid))] if evaluation.drawn.invalid else []
     mine, other = evaluation.drawn.endings
-    rows = shares + [("BLEU/100", mine["bleu"]/100, other["bleu"]/100)] + [(f"ROUGE-{key[5:]}", mine[key], other[key]) for key in ("rouge1", "rouge2", "rougeL")]
+    rows = shares + [(name, mine[key]/scale, other.get(key, math.nan)/scale) for name, key, scale in (("BLEU/100", "bleu", 100), ("ROUGE-1", "rouge1", 1), ("ROUGE-2", "rouge2", 1), ("ROUGE-L", "rougeL", 1))]
     names, *sides = zip(*rows)
     for k, (values, colour, name) in enumerate(zip(sides, ("tab:orange", "lightgrey"), ("drawn", "real; other endings"))): ax.bar(np.arange(len(rows)) + 0.4*k, values, 0.4, color=colour, label=name)
     ax.set(title="drawn sequences", ylim=(0, 1.3), xticks=np.arange(len(rows)) + 0.2, xticklabels=names)
@@ -464,7 +472,7 @@ def training_split(
         raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same.\nName other sequences with --data_path (evaluate) or --prompt_file (infer).")
     return split
 
-# %% ../nbs/06_evaluation.ipynb #70cf7550
+# %% ../nbs/06_evaluation.ipynb #ec5e229d
 def evaluate_folder(
     model_path: str | Path, # A folder such as outputs/best_model
     data_path: str | Path | None = None, # Sequences to evaluate on; default: the validation set of the training
@@ -495,8 +503,9 @@ def write_evaluation(
     evaluation: Evaluation,
     out_dir: str | Path, # Made if it is not there
 ):
-    "Writes `metrics.json` and `evaluation.png`."
+    "Writes `metrics.json` and `evaluation.png`; raises `InputError` where a model stands there."
     out = Path(out_dir)
+    if (out/"model.safetensors").exists(): raise InputError(f"{out}: holds a model, with metrics of its own. Choose another --out_dir.")
     out.mkdir(parents=True, exist_ok=True)
     (out/"metrics.json").write_text(json.dumps(evaluation.metrics, indent=1) + "\n")
     figure = plot_evaluation(evaluation)

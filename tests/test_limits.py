@@ -157,6 +157,7 @@ def test_evaluations_repeat(measured):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda d: "{", "source.json"), (lambda d: json.dumps({**d, "probabilities": [[[2.0]]]}), "do not fit"), (lambda d: json.dumps({k: v for k, v in d.items() if k != "symbols"}), "symbols"),
+    (lambda d: json.dumps({**d, "order": 3 - d["order"]}), "do not fit"), (lambda d: json.dumps({**d, "successors": [[99]*3]*20}), "not numbers of symbols"),
     (lambda d: json.dumps({**d, "successors": [row[::-1] for row in d["successors"][::-1]]}), "is not from the source")])
 def test_a_source_that_does_not_fit_costs_only_the_floor(measured, damage, words, tmp_path):
     folder, _ = measured
@@ -205,3 +206,48 @@ def test_samples_where_nobody_knows_the_rule(trained):
     seen = set().union(*map(pairs, split["train"]))
     assert samples["rule"] == "a pair unseen in training" and samples["number"] == 40
     assert samples["held_out_invalid_sequences"] == np.mean([not pairs(k) <= seen for k in split["validation"]])
+
+
+def test_evaluate_without_the_training_data(melodies, tmp_path):
+    write_lines(tmp_path/"gone", [{"tokens": t} for t, _ in melodies])
+    assert seqgpt("train", "--data_path", "gone", "--max_length", 16, "--max_steps", 2, *TINY, cwd=tmp_path).returncode == 0
+    (tmp_path/"gone").rename(tmp_path/"moved")
+    ask = lambda *args: seqgpt("evaluate", "--model_path", "outputs/best_model", "--data_path", "moved", "--num_samples", 5, *args, cwd=tmp_path)
+    result = ask("--out_dir", "e")
+    assert result.returncode == 0 and "BLEU" in result.stdout and "nearest" not in result.stdout, result.stderr
+    samples = json.loads((tmp_path/"e/metrics.json").read_text())["samples"]
+    assert "bleu" in samples and not {"invalid_sequences", "copies"} & samples.keys()
+    before = (tmp_path/"outputs/best_model/metrics.json").read_bytes()
+    refused(ask("--out_dir", "outputs/best_model"), "holds a model", "--out_dir")
+    assert (tmp_path/"outputs/best_model/metrics.json").read_bytes() == before
+    refused(ask("--seed", -1), "seed is -1")
+
+
+@pytest.mark.parametrize("labels", [["$x^$", "a" * 300], [f"class {k}" for k in range(60)], [None], ["one"]])
+def test_any_labels_can_be_drawn(trained, labels, tmp_path):
+    write_lines(tmp_path, [{"tokens": NOTES[: 1 + k % 5]} | ({} if labels[k % len(labels)] is None else {"label": labels[k % len(labels)]}) for k in range(60)])
+    result = seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", "data.jsonl", "--num_samples", 2, "--out_dir", "e", cwd=tmp_path)
+    assert result.returncode == 0 and (tmp_path/"e/evaluation.png").stat().st_size > 10_000, result.stderr
+
+
+def test_one_sequence(trained, tmp_path):
+    write_lines(tmp_path, [{"tokens": NOTES}])
+    result = seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", "data.jsonl", "--out_dir", "e", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path/"e/metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert "perplexity_interval" not in metrics and "other_endings_bleu" not in metrics["samples"] and metrics["samples"]["number"] == 1
+
+
+def test_classes_that_are_alike_cannot_be_told_apart(tmp_path):
+    result = seqgpt("corpus", "markov", "--out_dir", "m", "--num_sequences", 50, "--order", 2, "--difference", 0, *SMALL, cwd=tmp_path)
+    assert "classification  accuracy 33.33%" in result.stdout, result.stdout
+    inferred, told = re.findall(r"class \w+ +(perplexity .*)", result.stdout)
+    assert inferred == told
+
+
+def test_a_foreign_source_that_could_be_is_found_out(tmp_path):
+    alike = "--symbols 4 --branching 4 --classes 2 --min_length 6 --max_length 24 --concentration 0.1 --num_sequences 600".split()
+    for seed in (0, 1): assert seqgpt("corpus", "markov", "--out_dir", f"m{seed}", "--seed", seed, *alike, cwd=tmp_path).returncode == 0
+    (tmp_path/"m0/source.json").write_bytes((tmp_path/"m1/source.json").read_bytes())
+    result = seqgpt("train", "--data_path", "m0", "--max_length", 24, "--num_epochs", 10, *TINY, cwd=tmp_path)
+    assert result.returncode == 0 and "source.json cannot be the source" in result.stdout, result.stdout
