@@ -170,7 +170,7 @@ def test_a_source_that_does_not_fit_costs_only_the_floor(measured, damage, words
     assert "floors" not in json.loads((tmp_path/"e/metrics.json").read_text())
 
 
-def test_sequences_without_labels_or_ends_have_a_floor_too(measured, tmp_path):
+def test_sequences_without_labels_have_a_floor_too(measured, tmp_path):
     folder, _ = measured
     rows = read(folder/"m/validation.jsonl")
     (tmp_path/"some.jsonl").write_text("".join(json.dumps({"tokens": row["tokens"]}) + "\n" for row in rows))
@@ -178,6 +178,22 @@ def test_sequences_without_labels_or_ends_have_a_floor_too(measured, tmp_path):
     assert seqgpt("evaluate", "--model_path", folder/"outputs/best_model", "--data_path", "some.jsonl", "--num_samples", 0, "--out_dir", "e", cwd=tmp_path).returncode == 0
     whole, unlabelled = (json.loads((p/"metrics.json").read_text()) for p in (folder/"outputs/best_model/evaluation", tmp_path/"e"))
     assert set(unlabelled["floors"]) == {"class inferred"} and unlabelled["floors"]["class inferred"] == whole["floors"]["class inferred"]
+
+
+def test_sequences_cut_off_have_a_floor_too(markov):
+    folder, _ = markov
+    source, rows = json.loads((folder/"m/source.json").read_text()), read(folder/"m/sequences.jsonl")
+    order = source["order"]
+    assert seqgpt("train", "--data_path", "m/sequences.jsonl", "--max_length", 12, "--max_steps", 2, "--output_dir", f"cut{order}", *TINY, cwd=folder).returncode == 0
+    metrics = json.loads((folder/f"cut{order}/best_model/evaluation/metrics.json").read_text())
+    nats = tokens = 0
+    for k in json.loads((folder/f"cut{order}/split.json").read_text())["validation"]:
+        some, label = rows[k]["tokens"][:11], rows[k]["label"]
+        whole = len(rows[k]["tokens"]) <= 10 # so that <eos> fits in, too
+        lengths = 1 if whole else sum(n >= 11 for n in range(4, 23)) # of 19 that are equally likely, those that this can become
+        nats -= math.log(math.prod(by_the_rule(source, some, label)) / 20 * lengths / 19)
+        tokens += len(some) + whole
+    assert tokens == metrics["tokens"] and metrics["floors"]["class told"]["perplexity"] == pytest.approx(math.exp(nats/tokens))
 
 
 def test_validation_path(melodies, tmp_path):
