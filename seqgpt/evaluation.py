@@ -49,7 +49,7 @@ def token_scores(
     confidence, guess = logits.softmax(-1).max(-1)
     return nats.cpu().numpy(), (guess == truth).cpu().numpy(), confidence.cpu().numpy()
 
-# %% ../nbs/06_evaluation.ipynb #3de96bb4
+# %% ../nbs/06_evaluation.ipynb #a938792b
 class Scores:
     "Sums over the predicted tokens of a set. Each array is (3, ...): nats, right guesses, tokens."
     def __init__(self):
@@ -75,14 +75,16 @@ class Scores:
     def total(self) -> np.ndarray: # (3,)
         return self.by_position.sum(1)
 
+perplexity_of = lambda sums: np.exp(np.minimum(sums[0] / sums[2], 700)) # of sums (3, ...): nats, right guesses, tokens
+accuracy_of = lambda sums: sums[1] / sums[2]
+
 def rates(
-    sums: np.ndarray, # (3, ...): nats, right guesses, tokens
+    sums: np.ndarray, # (3,)
 ) -> dict[str, float]: # Perplexity and accuracy
     "What sums say."
-    nats, right, tokens = sums
-    return {"perplexity": math.exp(min(nats/tokens, 700)), "accuracy": float(right/tokens)}
+    return {"perplexity": float(perplexity_of(sums)), "accuracy": float(accuracy_of(sums))}
 
-# %% ../nbs/06_evaluation.ipynb #2cb6b07f
+# %% ../nbs/06_evaluation.ipynb #44a8338e
 def interval(
     by_sequence: np.ndarray, # (sums, sequences)
     statistic, # Of sums, (sums, ...), to numbers
@@ -94,9 +96,6 @@ def interval(
     found = bootstrap(tuple(by_sequence), lambda *sums, axis: statistic(np.stack([s.sum(axis) for s in sums])), paired=True, vectorized=True,
                       n_resamples=1000, batch=100, method="percentile", rng=rng)
     return tuple(map(float, found.confidence_interval))
-
-perplexity_of = lambda sums: np.exp(np.minimum(sums[0] / sums[2], 700))
-accuracy_of = lambda sums: sums[1] / sums[2]
 
 # %% ../nbs/06_evaluation.ipynb #65c60274
 class Ngram:
