@@ -296,7 +296,7 @@ def evaluate_samples(
     return Drawn(number, rule, () if pairs is None else tuple(share_invalid(s, pairs) for s in (drawn, real)), () if train is None else tuple(nearest_distances(s, train) for s in (drawn, real)),
                  (compare_endings([s.tokens[s.given:] for s in continued], endings), compare_endings(endings[1:] + endings[:1], endings) if number > 1 else {}))
 
-# %% ../nbs/06_evaluation.ipynb #06698c2d
+# %% ../nbs/06_evaluation.ipynb #11268985
 @dataclass
 class Evaluation:
     "How good a model is on a set of sequences."
@@ -349,7 +349,8 @@ class Evaluation:
             if "tokens_without_eos" in m: lines.append(f"{'  no <eos>':20} {m['perplexity_without_eos']:12.4g} {m['accuracy_without_eos']:9.2%}")
         if self.floors:
             (low, high), (less, more) = self.intervals["perplexity_over_floor"], self.intervals["accuracy_below_best"]
-            lines.append(f"perplexity {m['perplexity_over_floor'] - 1:.2%} above the floor (95 %: {low - 1:.2%} to {high - 1:.2%}), accuracy {100*m['accuracy_below_best']:.2f} points below the best ({100*less:.2f} to {100*more:.2f})")
+            over, below = (f" (95 %: {low - 1:.2%} to {high - 1:.2%})", f" ({100*less:.2f} to {100*more:.2f})") if low == low else ("", "") # one sequence has no interval
+            lines.append(f"perplexity {m['perplexity_over_floor'] - 1:.2%} above the floor{over}, accuracy {100*m['accuracy_below_best']:.2f} points below the best{below}")
             if high < 1: lines.append("Nothing can be that far below the floor: source.json cannot be the source of these sequences.")
         lines.append(f"{m['nats_per_sequence']:.4g} nats per sequence, {m['bits_per_token']:.4g} bits per token, over {m['sequences']:,} sequences, {m['tokens']:,} tokens")
         lines.append(f"calibration error {m['calibration_error']:.2%}: how far confidence and the share of right guesses are apart")

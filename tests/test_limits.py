@@ -196,6 +196,14 @@ def test_sequences_cut_off_have_a_floor_too(markov):
     assert tokens == metrics["tokens"] and metrics["floors"]["class told"]["perplexity"] == pytest.approx(math.exp(nats/tokens))
 
 
+def test_a_single_sequence_has_a_floor_and_no_interval(measured, tmp_path):
+    folder, _ = measured
+    (tmp_path/"one.jsonl").write_text(json.dumps(read(folder/"m/validation.jsonl")[0]) + "\n")
+    (tmp_path/"source.json").write_text((folder/"m/source.json").read_text())
+    result = seqgpt("evaluate", "--model_path", folder/"outputs/best_model", "--data_path", "one.jsonl", "--num_samples", 0, "--out_dir", "e", cwd=tmp_path)
+    assert result.returncode == 0 and "above the floor, accuracy" in result.stdout and "nan" not in result.stdout, result.stdout
+
+
 def test_validation_path(melodies, tmp_path):
     write_lines(tmp_path/"a", [{"tokens": t} for t, _ in melodies[:150]])
     write_lines(tmp_path/"b", [{"tokens": t} for t, _ in melodies[140:]])
