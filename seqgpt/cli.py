@@ -142,11 +142,11 @@ def write_samples(
     return (f"{out}/samples.png: of {len(samples)} drawn digits {judge.recognised(to_images([s.tokens for s in samples], vocab)):.0%} are recognised "
             f"by a classifier of real digits,\nwhich recognises {judge.recognised(judge.held_out):.0%} of held-out real ones and names {judge.accuracy:.1%} of those rightly.")
 
-# %% ../nbs/10_cli.ipynb #83fdfa01
+# %% ../nbs/10_cli.ipynb #9828e69e
 def evaluate(
     model_path: str, # Folder of a trained model, such as outputs/best_model
     data_path: str | None = None, # Sequences to evaluate on; default: the validation set of the training
-    out_dir: str | None = None, # For metrics.json and evaluation.png; default: `evaluation` in the model folder
+    out_dir: str | None = None, # For metrics.json and evaluation.png; default: in the model folder, `evaluation` or `evaluation_` and the name of data_path
     batch_size: int = 16, # Sequences at once
     skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used
     num_samples: int = 100, # Sequences to draw and hold against real ones; 0: none
@@ -154,7 +154,10 @@ def evaluate(
 ):
     "Measures a trained model on every token, beside simple predictors and the best possible one, and looks at what it draws."
     from seqgpt.evaluation import evaluate_folder, write_evaluation
-    evaluation, out = evaluate_folder(model_path, data_path, batch_size, skip_bad_lines, num_samples, seed), out_dir or Path(model_path)/"evaluation"
+    from seqgpt.tokenizer import InputError
+    out = Path(out_dir or Path(model_path)/(f"evaluation_{Path(data_path).stem}" if data_path else "evaluation"))
+    if (out_dir or data_path) and (out/"metrics.json").exists(): raise InputError(f"{out}/metrics.json: is there already. Choose another --out_dir, or move it away.")
+    evaluation = evaluate_folder(model_path, data_path, batch_size, skip_bad_lines, num_samples, seed)
     print(evaluation)
     write_evaluation(evaluation, out)
     print(f"Wrote {out}/metrics.json and evaluation.png.")

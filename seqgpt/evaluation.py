@@ -472,7 +472,7 @@ def training_split(
         raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same.\nName other sequences with --data_path (evaluate) or --prompt_file (infer).")
     return split
 
-# %% ../nbs/06_evaluation.ipynb #ec5e229d
+# %% ../nbs/06_evaluation.ipynb #70cf7550
 def evaluate_folder(
     model_path: str | Path, # A folder such as outputs/best_model
     data_path: str | Path | None = None, # Sequences to evaluate on; default: the validation set of the training
@@ -503,9 +503,8 @@ def write_evaluation(
     evaluation: Evaluation,
     out_dir: str | Path, # Made if it is not there
 ):
-    "Writes `metrics.json` and `evaluation.png`; raises `InputError` where a model stands there."
+    "Writes `metrics.json` and `evaluation.png`."
     out = Path(out_dir)
-    if (out/"model.safetensors").exists(): raise InputError(f"{out}: holds a model, with metrics of its own. Choose another --out_dir.")
     out.mkdir(parents=True, exist_ok=True)
     (out/"metrics.json").write_text(json.dumps(evaluation.metrics, indent=1) + "\n")
     figure = plot_evaluation(evaluation)

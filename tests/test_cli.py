@@ -85,6 +85,20 @@ def test_evaluate(trained, tmp_path):
     assert result.returncode == 0 and json.loads((tmp_path/"o/metrics.json").read_text())["tokens"] == 12, result.stderr
 
 
+def test_evaluate_replaces_no_other_evaluation(trained, tmp_path):
+    shutil.copytree(trained/"outputs/best_model", tmp_path/"m")
+    own = (tmp_path/"m/evaluation/metrics.json").read_bytes()
+    write_lines(tmp_path/"other", [{"tokens": NOTES}, {"tokens": NOTES[::-1]}])
+    ask = lambda *args: seqgpt("evaluate", "--model_path", "m", "--data_path", "other/data.jsonl", "--num_samples", 2, *args, cwd=tmp_path)
+    assert ask().returncode == 0
+    metrics = tmp_path/"m/evaluation_data/metrics.json"
+    other = metrics.read_bytes()
+    assert json.loads(other)["sequences"] == 2 and (tmp_path/"m/evaluation/metrics.json").read_bytes() == own
+    refused(ask("--batch_size", 1), "m/evaluation_data/metrics.json: is there already", "--out_dir")
+    refused(ask("--out_dir", "m"), "m/metrics.json: is there already")
+    assert metrics.read_bytes() == other and (tmp_path/"m/metrics.json").read_bytes() == (trained/"outputs/best_model/metrics.json").read_bytes()
+
+
 def test_metrics_are_valid_json_even_where_no_loss_was_logged(corpus):
     assert seqgpt(*RUN, "--max_steps", 11, "--eval_steps", 10, cwd=corpus).returncode == 0
     strict = lambda name: pytest.fail(f"{name} in metrics.json")
@@ -93,11 +107,11 @@ def test_metrics_are_valid_json_even_where_no_loss_was_logged(corpus):
 
 def test_evaluate_says_what_it_cut_off_and_left_out(trained, tmp_path):
     write_lines(tmp_path, [{"tokens": NOTES*10}, {"tokens": ["H4"]}, {"tokens": NOTES}])
-    ask = lambda *args: seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", "data.jsonl", "--out_dir", "e", *args, cwd=tmp_path)
-    refused(ask(), "1 of 3 lines", "--skip_bad_lines")
-    result = ask("--skip_bad_lines")
+    ask = lambda *args: seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", "data.jsonl", *args, cwd=tmp_path)
+    refused(ask("--out_dir", "e"), "1 of 3 lines", "--skip_bad_lines")
+    result = ask("--out_dir", "e", "--skip_bad_lines")
     assert result.returncode == 0 and "36 tokens cut off" in result.stdout and "1 bad lines left out" in result.stdout
-    refused(ask("--skip_bad_lines", "--batch_size", 0), "batch_size is 0")
+    refused(ask("--out_dir", "f", "--skip_bad_lines", "--batch_size", 0), "batch_size is 0")
 
 
 def test_folders_that_are_not_models(trained, tmp_path):

@@ -150,9 +150,9 @@ def test_evaluations_repeat(measured):
     for out, seed in (("a", 0), ("b", 1)): assert ask(f"{out}{order}", "--seed", seed).returncode == 0
     first, a, b = (json.loads((folder/p/"metrics.json").read_text()) for p in ("outputs/best_model/evaluation", f"a{order}", f"b{order}"))
     assert a == first and a["samples"] != b["samples"] and a["perplexity"] == b["perplexity"]
-    result = ask("none", "--num_samples", 0)
-    assert result.returncode == 0 and "samples" not in json.loads((folder/"none/metrics.json").read_text()) and "drawn" not in result.stdout
-    refused(ask("none", "--num_samples", -1), "num_samples is -1")
+    result = ask(f"none{order}", "--num_samples", 0)
+    assert result.returncode == 0 and "samples" not in json.loads((folder/f"none{order}/metrics.json").read_text()) and "drawn" not in result.stdout
+    refused(ask("minus", "--num_samples", -1), "num_samples is -1")
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -241,9 +241,6 @@ def test_evaluate_without_the_training_data(melodies, tmp_path):
     assert result.returncode == 0 and "BLEU" in result.stdout and "nearest" not in result.stdout, result.stderr
     samples = json.loads((tmp_path/"e/metrics.json").read_text())["samples"]
     assert "bleu" in samples and not {"invalid_sequences", "copies"} & samples.keys()
-    before = (tmp_path/"outputs/best_model/metrics.json").read_bytes()
-    refused(ask("--out_dir", "outputs/best_model"), "holds a model", "--out_dir")
-    assert (tmp_path/"outputs/best_model/metrics.json").read_bytes() == before
     refused(ask("--seed", -1), "seed is -1")
 
 
