@@ -45,3 +45,12 @@ def test_notebook_is_clean_and_has_outputs(notebook):
     shown = [c for c in code if "".join(c["source"]).endswith(";") and not "".join(c["source"]).startswith("#|")]
     assert any(c["outputs"] for c in code) and all(c["outputs"] for c in shown), "run nbdev-test --save"
     assert notebook.stat().st_size < 600_000
+
+
+def test_results_on_the_front_page_are_the_stored_ones():
+    front = (ROOT/"README.md").read_text(encoding="utf-8")
+    digits, limits = (json.loads((ROOT/f"nbs/tutorials/results/{name}.json").read_text()) for name in ("published_digits", "known_limits"))
+    assert f"one model takes {digits['test_best'][0]:.1f} and four together take {digits['test_together'][0]:.1f}" in front
+    best = limits["default"]
+    assert best["metrics"]["perplexity_over_floor"] < 1.01 and best["metrics"]["accuracy_below_best"] < 0.005
+    assert f"{best['tokens']/1e6:.0f} million tokens" in front and abs(best["minutes"] - 150) < 15 and "two and a half hours on one core" in front
