@@ -385,7 +385,7 @@ def evaluate(
         scores, dataset["label"][:], bins, baselines(train, dataset, len(tokenizer)) if train is not None else {}, floors,
         evaluate_samples(model, tokenizer, dataset, train, possible_pairs(tokenizer.get_vocab(), source), num_samples, seed) if num_samples else None)
 
-# %% ../nbs/06_evaluation.ipynb #0321d131
+# %% ../nbs/06_evaluation.ipynb #8015b12d
 def plot_comparison(evaluation: Evaluation, ax):
     "Perplexity beside baselines and floors, as bars."
     names, ppl, _ = zip(*evaluation.table())
@@ -400,11 +400,10 @@ def plot_positions(evaluation: Evaluation, ax):
     lines = {"this model": ("tab:orange", "-", evaluation.scores)} | {f"best, {name}": ("tab:green", style, s) for (name, s), style in zip(evaluation.floors.items(), ("-", ":"))}
     for name, (colour, style, scores) in lines.items():
         nats, _, tokens = scores.by_position
-        ax.plot(np.arange(1, len(nats) + 1)[tokens > 0], np.exp(nats[tokens > 0] / tokens[tokens > 0]), style, lw=1, color=colour, label=name)
-    ax.set(title="perplexity by position", xlabel="position")
-    if evaluation.floors:
-        ax.set(yscale="log")
-        ax.legend(fontsize=7)
+        ppl = np.exp(nats[tokens > 0] / tokens[tokens > 0])
+        ax.plot(np.arange(1, len(nats) + 1)[tokens > 0], ppl, style, lw=1, color=colour, label=name)
+    ax.set(title="perplexity by position", xlabel="position", ylim=(1, min(1.05*ppl.max(), 2*np.quantile(ppl, 0.95)))) # the first symbol, hard to guess, may leave the frame
+    if evaluation.floors: ax.legend(fontsize=7)
 
 def plot_labels(evaluation: Evaluation, ax):
     "Perplexity of the sequences of each label."
