@@ -385,7 +385,7 @@ def evaluate(
         scores, dataset["label"][:], bins, baselines(train, dataset, len(tokenizer)) if train is not None else {}, floors,
         evaluate_samples(model, tokenizer, dataset, train, possible_pairs(tokenizer.get_vocab(), source), num_samples, seed) if num_samples else None)
 
-# %% ../nbs/06_evaluation.ipynb #8015b12d
+# %% ../nbs/06_evaluation.ipynb #f545200d
 def plot_comparison(evaluation: Evaluation, ax):
     "Perplexity beside baselines and floors, as bars."
     names, ppl, _ = zip(*evaluation.table())
@@ -398,11 +398,13 @@ def plot_comparison(evaluation: Evaluation, ax):
 def plot_positions(evaluation: Evaluation, ax):
     "Perplexity at each position, with the floors."
     lines = {"this model": ("tab:orange", "-", evaluation.scores)} | {f"best, {name}": ("tab:green", style, s) for (name, s), style in zip(evaluation.floors.items(), ("-", ":"))}
+    top = 1
     for name, (colour, style, scores) in lines.items():
-        nats, _, tokens = scores.by_position
-        ppl = np.exp(nats[tokens > 0] / tokens[tokens > 0])
-        ax.plot(np.arange(1, len(nats) + 1)[tokens > 0], ppl, style, lw=1, color=colour, label=name)
-    ax.set(title="perplexity by position", xlabel="position", ylim=(1, min(1.05*ppl.max(), 2*np.quantile(ppl, 0.95)))) # the first symbol, hard to guess, may leave the frame
+        t = np.flatnonzero(scores.by_position[2])
+        ppl = perplexity_of(scores.by_position[:, t])
+        ax.plot(t + 1, ppl, style, lw=1, color=colour, label=name)
+        top = max(top, min(1.05*ppl.max(), 2*np.quantile(ppl, 0.95))) # the first symbol, hard to guess, may leave the frame
+    ax.set(title="perplexity by position", xlabel="position", ylim=(1, top))
     if evaluation.floors: ax.legend(fontsize=7)
 
 def plot_labels(evaluation: Evaluation, ax):

@@ -3,10 +3,12 @@ import json
 import math
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import NOTES, TINY, refused, seqgpt, write_lines
+from matplotlib.figure import Figure
 from rapidfuzz.distance import Levenshtein
 from sacrebleu.metrics import BLEU
 
@@ -272,3 +274,12 @@ def test_a_foreign_source_that_could_be_is_found_out(tmp_path):
     (tmp_path/"m0/source.json").write_bytes((tmp_path/"m1/source.json").read_bytes())
     result = seqgpt("train", "--data_path", "m0", "--max_length", 24, "--num_epochs", 10, *TINY, cwd=tmp_path)
     assert result.returncode == 0 and "source.json cannot be the source" in result.stdout, result.stdout
+
+
+def test_a_model_far_from_the_floor_stays_in_the_picture():
+    from seqgpt.evaluation import plot_positions
+    scores = lambda nats: SimpleNamespace(by_position=np.array([[6, *[nats]*30], [0]*31, [1]*31], float))
+    for nats in (4.0, 900.0):
+        ax = Figure().subplots()
+        plot_positions(SimpleNamespace(scores=scores(nats), floors={"class inferred": scores(0.7)}), ax)
+        assert ax.get_ylim()[1] > np.exp(min(nats, 690))
