@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'PATHS', 'parser_for', 'plain_message', 'corpus_digits', 'corpus_markov', 'train_command', 'write_samples',
-           'evaluate', 'read_sequences', 'infer', 'interact', 'usage', 'preset', 'literal', 'run_verb', 'explain',
-           'main']
+           'evaluate', 'read_sequences', 'infer', 'print_labels', 'interact', 'usage', 'preset', 'literal', 'run_verb',
+           'explain', 'main']
 
 # %% ../nbs/10_cli.ipynb #2654a75c
 import contextlib
@@ -88,19 +88,20 @@ def corpus_markov(
     for name in ("class inferred", "class told"): print(f"{name:15} perplexity {best[name]['perplexity']:.4g}, accuracy {best[name]['accuracy']:.2%}")
     print(f"{'classification':15} accuracy {best['classification']:.2%}, from the whole sequence")
 
-# %% ../nbs/10_cli.ipynb #8d607035
+# %% ../nbs/10_cli.ipynb #540ccdbd
 def train_command(
     config, # A `Config`
 ):
-    "Trains, evaluates the best model and draws samples."
+    "Trains, evaluates the best model and, of a language model, draws samples."
+    from seqgpt.classification import evaluate_classifier, plot_classification
     from seqgpt.corpora import write_digits
-    from seqgpt.evaluation import evaluate_folder, write_evaluation
+    from seqgpt.evaluation import evaluate_folder, plot_evaluation, write_evaluation
     from seqgpt.inference import generate
     from seqgpt.model import load_model
     from seqgpt.tokenizer import InputError, load_tokenizer
     from seqgpt.training import check_config, train
     first = int(os.environ.get("RANK", 0)) == 0 # of several processes, one writes
-    if config.data_path is None:
+    if config.data_path is None and config.init_from is None:
         if config.vocab_path: raise InputError("A vocabulary without data. Name the data with --data_path.")
         config.data_path = str(Path(config.output_dir)/"data")
         check_config(config)
@@ -108,14 +109,16 @@ def train_command(
     run = train(config)
     if not first: return
     best = run.output_dir/"best_model"
-    evaluation = evaluate_folder(best)
+    evaluation = evaluate_folder(best) if config.task == "clm" else evaluate_classifier(best)
     print(f"\nThe best model on the validation set, in 32 bits:\n{evaluation}\n")
-    write_evaluation(evaluation, best/"evaluation")
+    write_evaluation(evaluation, best/"evaluation", plot_evaluation if config.task == "clm" else plot_classification)
+    left = f"{run.output_dir}: best_model, final_model, training_curves.png; curves in detail: tensorboard --logdir {run.output_dir/'runs'}"
+    if config.task == "classification": return print(left)
     if evaluation.metrics["perplexity"] > evaluation.baselines["uniform"]["perplexity"]: print("That is worse than guessing. Try a lower --learning_rate.\n")
     model, tokenizer = load_model(best), load_tokenizer(best)
     longest = evaluation.scores.by_position.shape[1] # in the data; a model that has not learned to stop would go on and on
     print(write_samples(generate(model, tokenizer, num_samples=40, max_new_tokens=longest, top_p=0.9, seed=config.seed), tokenizer, run.output_dir))
-    print(f"{run.output_dir}: best_model, final_model, training_curves.png; curves in detail: tensorboard --logdir {run.output_dir/'runs'}")
+    print(left)
 
 # %% ../nbs/10_cli.ipynb #65a23f11
 def write_samples(
@@ -142,32 +145,35 @@ def write_samples(
     return (f"{out}/samples.png: of {len(samples)} drawn digits {judge.recognised(to_images([s.tokens for s in samples], vocab)):.0%} are recognised "
             f"by a classifier of real digits,\nwhich recognises {judge.recognised(judge.held_out):.0%} of held-out real ones and names {judge.accuracy:.1%} of those rightly.")
 
-# %% ../nbs/10_cli.ipynb #9828e69e
+# %% ../nbs/10_cli.ipynb #c8b4759d
 def evaluate(
     model_path: str, # Folder of a trained model, such as outputs/best_model
     data_path: str | None = None, # Sequences to evaluate on; default: the validation set of the training
     out_dir: str | None = None, # For metrics.json and evaluation.png; default: in the model folder, `evaluation` or `evaluation_` and the name of data_path
     batch_size: int = 16, # Sequences at once
     skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used
-    num_samples: int = 100, # Sequences to draw and hold against real ones; 0: none
+    num_samples: int = 100, # Of a language model: sequences to draw and hold against real ones; 0: none
     seed: int = 0, # Of the drawn sequences
 ):
-    "Measures a trained model on every token, beside simple predictors and the best possible one, and looks at what it draws."
-    from seqgpt.evaluation import evaluate_folder, write_evaluation
+    "Measures a trained model on every token, or a classifier on every sequence, beside simple ones and the best possible, and looks at what a language model draws."
+    from seqgpt.classification import evaluate_classifier, plot_classification
+    from seqgpt.evaluation import evaluate_folder, plot_evaluation, write_evaluation
+    from seqgpt.model import task_of
     from seqgpt.tokenizer import InputError
     out = Path(out_dir or Path(model_path)/(f"evaluation_{Path(data_path).stem}" if data_path else "evaluation"))
     if (out_dir or data_path) and (out/"metrics.json").exists(): raise InputError(f"{out}/metrics.json: is there already. Choose another --out_dir, or move it away.")
-    evaluation = evaluate_folder(model_path, data_path, batch_size, skip_bad_lines, num_samples, seed)
+    clm = task_of(model_path) == "clm"
+    evaluation = evaluate_folder(model_path, data_path, batch_size, skip_bad_lines, num_samples, seed) if clm else evaluate_classifier(model_path, data_path, batch_size, skip_bad_lines)
     print(evaluation)
-    write_evaluation(evaluation, out)
+    write_evaluation(evaluation, out, plot_evaluation if clm else plot_classification)
     print(f"Wrote {out}/metrics.json and evaluation.png.")
 
-# %% ../nbs/10_cli.ipynb #4b5fbb36
+# %% ../nbs/10_cli.ipynb #b4dc4016
 def read_sequences(
     path: str | Path | None, # JSON Lines file, plain or gzip, or a folder of them; None: the validation set of the model
     model_path: str | Path, # Folder of a trained model
     tokenizer, # Its tokenizer
-    most: int, # How many to take, from the beginning
+    most: int | None = None, # How many to take, from the beginning; None: all
 ) -> list[list[str]]: # Symbols, without `<bos>` and `<eos>`
     "The first sequences at `path`; raises `InputError` where a line is not one."
     from seqgpt.data import read_corpus
@@ -176,14 +182,14 @@ def read_sequences(
     frame = (tokenizer.bos_token, tokenizer.eos_token)
     return [[s for s in tokenizer.convert_ids_to_tokens(ids) if s not in frame] for ids in dataset[:most]["input_ids"]]
 
-# %% ../nbs/10_cli.ipynb #b9973c94
+# %% ../nbs/10_cli.ipynb #4d8f829b
 def infer(
     model_path: str, # Folder of a trained model, such as outputs/best_model
-    mode: typing.Literal["interactive", "generate"] = "interactive", # interactive: see the distribution of the next token and choose; generate: continue by itself
-    prompt: str = "", # Symbols to start from, with spaces between
-    prompt_file: str | None = None, # JSON Lines file: start from the beginnings of its sequences instead
-    num_prompts: int | None = None, # Start from the beginnings of so many sequences: of prompt_file (default 6), or of the validation set of the training
-    prompt_share: float = 0.5, # How much of each of these sequences is given, 0 to 1
+    mode: typing.Literal["interactive", "generate", "classify"] = "interactive", # interactive: see the distribution of the next token and choose; generate: continue by itself; classify: ask a classifier which label
+    prompt: str = "", # Symbols to start from, or to classify, with spaces between
+    prompt_file: str | None = None, # JSON Lines file: start from the beginnings of its sequences instead, or classify them
+    num_prompts: int | None = None, # Take so many sequences: of prompt_file (default: 6 to continue, all to classify), or of the validation set of the training
+    prompt_share: float | None = None, # How much of each of these sequences is given, 0 to 1; default: half to continue, all to classify
     num_samples: int = 1, # Continuations of each prompt
     max_new_tokens: int | None = None, # Longest continuation; default: as long as the model can
     temperature: float = 1.0, # Below 1: more cautious; 0: greedy, always the most probable
@@ -191,28 +197,61 @@ def infer(
     top_p: float = 1.0, # Nucleus: choose among the most probable that add up to p; 1: all
     repetition_penalty: float = 1.0, # Above 1: symbols that occurred become less probable
     seed: int | None = None, # Same seed, same samples
-    top: int = 10, # Interactive: how many symbols to show
-    out_dir: str | None = None, # Generate: also write samples.jsonl there, and samples.png for digits
+    top: int = 10, # Interactive: how many symbols to show; classify: how many labels
+    out_dir: str | None = None, # Also write samples.jsonl there (generate), and samples.png for digits; predictions.jsonl (classify)
 ):
-    "Asks a trained model what comes next."
+    "Asks a trained model what comes next, or a classifier which label."
     from seqgpt.inference import Sample, generate
     from seqgpt.model import load_model
     from seqgpt.tokenizer import InputError, load_tokenizer
-    model, tokenizer = load_model(model_path), load_tokenizer(model_path)
+    classify = mode == "classify"
+    model, tokenizer = load_model(model_path, "classification" if classify else "clm"), load_tokenizer(model_path)
+    if top < 1: raise InputError(f"top is {top}. It must be at least 1.")
     if mode == "interactive": return interact(model, tokenizer, prompt, top, seed)
     if prompt and (prompt_file or num_prompts): raise InputError("Give one of --prompt, and --prompt_file or --num_prompts.")
+    if prompt_share is None: prompt_share = 1.0 if classify else 0.5
     if not 0 <= prompt_share <= 1: raise InputError(f"prompt_share is {prompt_share}. It must lie between 0 and 1.")
     if num_prompts is not None and num_prompts < 1: raise InputError(f"num_prompts is {num_prompts}. It must be at least 1.")
-    if out_dir and (Path(out_dir)/"samples.jsonl").exists(): raise InputError(f"{out_dir}/samples.jsonl: is there already. Choose another --out_dir, or move it away.")
-    whole = [] if not (prompt_file or num_prompts) else read_sequences(prompt_file, model_path, tokenizer, num_prompts or 6)
+    written = f"{out_dir}/{'predictions' if classify else 'samples'}.jsonl"
+    if out_dir and Path(written).exists(): raise InputError(f"{written}: is there already. Choose another --out_dir, or move it away.")
+    whole = [] if not (prompt_file or num_prompts) else read_sequences(prompt_file, model_path, tokenizer, num_prompts or (None if classify else 6))
     prompts = [s[:int(prompt_share*len(s))] for s in whole] or [prompt]
+    if classify: return print_labels(model, tokenizer, prompts, top, out_dir and written)
     samples = generate(model, tokenizer, prompts, num_samples, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     if out_dir:
         rows = [[Sample(s, 0, True), *samples[k*num_samples:(k + 1)*num_samples]] for k, s in enumerate(whole)] # the whole one first
         print(write_samples(samples, tokenizer, out_dir, sum(rows, []), num_samples + 1 if rows else 10), file=sys.stderr)
     for s in samples: print(*s.tokens)
 
-# %% ../nbs/10_cli.ipynb #de0717fa
+# %% ../nbs/10_cli.ipynb #3d48e426
+def print_labels(
+    model, # A classifier
+    tokenizer, # Its tokenizer
+    prompts: list, # Sequences, see `encode_prompt`
+    top: int, # How many labels to print for each
+    path: str | None = None, # Where to write all probabilities
+):
+    "Prints and writes what a classifier says; raises `InputError` for sequences that cannot be classified."
+    from scipy.special import softmax
+
+    from seqgpt.classification import predict
+    from seqgpt.inference import encode_prompt
+    from seqgpt.tokenizer import InputError
+    eos, most = tokenizer.eos_token, model.config.n_positions
+    symbols = [p.split() if isinstance(p, str) else p for p in prompts]
+    symbols = [s[:-1] if s[-1:] == [eos] else s for s in symbols]
+    if not all(symbols): raise InputError("Nothing to classify. Give a sequence with --prompt, or several with --prompt_file or --num_prompts.")
+    ids = [[*encode_prompt(tokenizer, s), tokenizer.eos_token_id] for s in symbols]
+    if (longest := max(map(len, ids))) > most: raise InputError(f"The longest sequence has {longest} tokens, {tokenizer.bos_token} and {eos} included, but the model has {most} positions.")
+    labels = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    found = [dict(sorted(zip(labels, p.tolist()), key=lambda pair: -pair[1])) for p in softmax(predict(model, tokenizer, ids), axis=1)]
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as f:
+            for s, p in zip(symbols, found): f.write(json.dumps({"tokens": s, "label": next(iter(p)), "probabilities": p}, ensure_ascii=False) + "\n")
+    for p in found: print(*(f"{label} {share:.2%}" for label, share in list(p.items())[:top]), sep="\t")
+
+# %% ../nbs/10_cli.ipynb #03afdedd
 def interact(
     model, # A language model
     tokenizer, # Its tokenizer
@@ -226,7 +265,6 @@ def interact(
     from seqgpt.inference import encode_prompt, generate, next_tokens, text_bars
     from seqgpt.tokenizer import InputError
     with contextlib.suppress(ImportError): importlib.import_module("readline") # gives `input` its arrow keys, where there are any
-    if top < 1: raise InputError(f"top is {top}. It must be at least 1.")
     if seed is not None: torch.manual_seed(seed)
     encode_prompt(tokenizer, prompt)
     symbols = prompt.split()
@@ -264,7 +302,7 @@ def usage() -> str:
     return "\n".join(["usage: seqgpt VERB [--flag value ...]", "", "Train a small GPT from scratch on sequences of any discrete tokens.", "",
                       *(f"  {verb:15}{what}" for verb, what in VERBS.items()), "", "seqgpt VERB --help lists the flags of a verb."])
 
-# %% ../nbs/10_cli.ipynb #8ae8e9b7
+# %% ../nbs/10_cli.ipynb #629109d3
 def preset(
     name: str, # What stands behind `--config`
 ) -> str: # A path
@@ -273,7 +311,7 @@ def preset(
 
     from seqgpt.tokenizer import InputError
     presets = {p.stem: p for p in Path(seqgpt.__file__).parent.glob("*.yaml")}
-    if Path(name).exists(): return name
+    if Path(name).is_file(): return name
     if name in presets: return str(presets[name])
     raise InputError(f"--config {name}: no such file, and no such preset. The presets are: {', '.join(sorted(presets))}.")
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['BadLine', 'symbol_ids', 'frame', 'read_label', 'parse_line', 'corpus_files', 'read_lines', 'Problems', 'cut',
            'fingerprint', 'Corpus', 'encode_rows', 'id_type', 'write_arrow', 'read_corpus', 'Split', 'split_corpus',
-           'given_split', 'collate', 'plot_batch', 'write_corpus']
+           'given_split', 'class_names', 'collate', 'plot_batch', 'write_corpus']
 
-# %% ../nbs/01_data.ipynb #6d2182b6
+# %% ../nbs/01_data.ipynb #69d7420b
 import gzip
 import hashlib
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -66,25 +67,26 @@ def frame(
     "Puts `bos` before and `eos` behind `ids`, unless they are there."
     return ([] if ids[0] == bos else [bos]) + ids + ([] if ids[-1] == eos else [eos])
 
-# %% ../nbs/01_data.ipynb #db2a57b6
+# %% ../nbs/01_data.ipynb #cc7ff6c4
 def read_label(
     record: dict, # One decoded line
-    n_labels: int | None = None, # Labels required to be 0..n_labels-1; None: any label, or none
+    classes: list[str] | None = None, # The labels there are; empty: any, but there must be one; None: any, or none
 ) -> str | None:
     "The label of `record` as text; raises `BadLine`."
     label = record.get("label")
-    if label is None:
-        if n_labels: raise BadLine("label missing")
-    elif isinstance(label, bool) or not isinstance(label, (int, str)): raise BadLine("label is not a number or a name", repr(label)[:40])
-    elif n_labels and (not str(label).isdecimal() or int(label) >= n_labels): raise BadLine("label out of range", repr(label)[:40])
-    return None if label is None else str(label)
+    if label in (None, ""):
+        if classes is None: return None
+        raise BadLine("label missing")
+    if isinstance(label, bool) or not isinstance(label, (int, str)): raise BadLine("label is not a whole number or a name", repr(label)[:40])
+    if classes and str(label) not in classes: raise BadLine("unknown label", repr(label)[:40])
+    return str(label)
 
-# %% ../nbs/01_data.ipynb #7972c577
+# %% ../nbs/01_data.ipynb #4173d483
 def parse_line(
     line: bytes, # One line of a JSON Lines file
     tokenizer, # From `make_tokenizer`
     vocab: dict[str, int], # Its vocabulary; asking the tokenizer for every line would be slow
-    n_labels: int | None = None, # See `read_label`
+    classes: list[str] | None = None, # See `read_label`
 ) -> tuple[list[int], str | None]: # Framed ids, and the label
     "The sequence on one line; raises `BadLine`."
     try: record = json.loads(line.decode("utf-8"))
@@ -93,7 +95,7 @@ def parse_line(
     if not isinstance(record, dict): raise BadLine("not an object", type(record).__name__)
     ids = symbol_ids(record, vocab)
     if tokenizer.pad_token_id in ids: raise BadLine("padding inside a sequence", f"at {ids.index(tokenizer.pad_token_id)}")
-    return frame(ids, tokenizer.bos_token_id, tokenizer.eos_token_id), read_label(record, n_labels)
+    return frame(ids, tokenizer.bos_token_id, tokenizer.eos_token_id), read_label(record, classes)
 
 # %% ../nbs/01_data.ipynb #c313c9b4
 def corpus_files(
@@ -182,13 +184,13 @@ class Corpus:
         return ". ".join(parts) + "."
     __repr__ = __str__
 
-# %% ../nbs/01_data.ipynb #e572e8d8
+# %% ../nbs/01_data.ipynb #5474c1b0
 def encode_rows(
     files: list[Path], # JSON Lines files
     tokenizer, # From `make_tokenizer`
     max_length: int, # In tokens
     long: str, # See `cut`
-    n_labels: int | None, # See `read_label`
+    classes: list[str] | None, # See `read_label`
     problems: Problems, # Filled on the way
     report: Counter, # Filled on the way
 ):
@@ -200,7 +202,7 @@ def encode_rows(
             for number, line in read_lines(path, lambda n: bar.update(sum(sizes[:k]) + n - bar.n)):
                 report["lines"] += 1
                 try:
-                    ids, label = parse_line(line, tokenizer, vocab, n_labels)
+                    ids, label = parse_line(line, tokenizer, vocab, classes)
                     pieces = cut(ids, max_length, long)
                 except BadLine as e:
                     problems.add(f"line {number}" if len(files) == 1 else f"{path.name}:{number}", e)
@@ -242,30 +244,30 @@ def write_arrow(
             if len(held) == batch: write(held); held = []
         if held: write(held)
 
-# %% ../nbs/01_data.ipynb #907e608d
+# %% ../nbs/01_data.ipynb #806925a9
 def read_corpus(
     data_path: str | Path, # A JSON Lines file, plain or gzip, or a folder of them
     tokenizer, # From `make_tokenizer`
     max_length: int = 1024, # In tokens, `<bos>` and `<eos>` included
     long: str = "truncate", # What to do with longer ones: "truncate", "split" or "error"
     skip_bad_lines: bool = False, # Go on without bad lines, and say how many
-    n_labels: int | None = None, # Every line must have a label 0..n_labels-1; None: labels are optional
+    classes: list[str] | None = None, # Every line must have one of these labels, or any where the list is empty; None: labels are optional
     cache_dir: str | Path | None = None, # Where encoded corpora are kept; default: beside those of Hugging Face datasets
 ) -> Corpus:
     "The checked and encoded sequences at `data_path`; raises `InputError` with an account of all bad lines."
     if long not in ("truncate", "split", "error"): raise InputError(f"long is {long!r}. Choose truncate, split or error.")
     if max_length < 2: raise InputError(f"max_length is {max_length}. A sequence has at least 2 tokens.")
     files = corpus_files(data_path)
-    settings = dict(max_length=max_length, long=long, n_labels=n_labels)
+    settings = dict(max_length=max_length, long=long, classes=classes)
     specials = [getattr(tokenizer, role) for role in SPECIALS]
-    key = fingerprint(files, 1, sorted(tokenizer.get_vocab().items()), specials, settings, len(files) > 1 and [p.name for p in files])
+    key = fingerprint(files, 2, sorted(tokenizer.get_vocab().items()), specials, settings, len(files) > 1 and [p.name for p in files])
     cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE)/"seqgpt")
     arrow, account = cache/f"{key}.arrow", cache/f"{key}.json"
     if not account.exists():
         cache.mkdir(parents=True, exist_ok=True)
         problems, report, part = Problems(), Counter(), cache/f"{key}.{os.getpid()}.part"
         try:
-            write_arrow(encode_rows(files, tokenizer, max_length, long, n_labels, problems, report), part, id_type(len(tokenizer)), report)
+            write_arrow(encode_rows(files, tokenizer, max_length, long, classes, problems, report), part, id_type(len(tokenizer)), report)
             os.replace(part, arrow)
             part.write_text(json.dumps({**dict.fromkeys(["sequences", "longest", "long_sequences", "tokens_lost", "pieces", "lines"], 0), **report,
                 **settings, "problems": str(problems), "skipped": problems.counts.total(), "fingerprint": key}))
@@ -325,16 +327,25 @@ def given_split(
     (rows, digest), (new_rows, new_digest) = ([d.with_format("numpy")[name][:] for name in ("source", "digest")] for d in (train, validation))
     return Split(train, validation, np.unique(rows), np.unique(new_rows), len(np.unique(new_rows[np.isin(new_digest, digest)])))
 
-# %% ../nbs/01_data.ipynb #35f0ea2b
+# %% ../nbs/01_data.ipynb #e4fb93df
+def class_names(
+    labels, # Texts
+) -> list[str]: # Each once: whole numbers by size, before names by alphabet
+    "The classes that occur in `labels`; the place in the list is the number of the class."
+    number = lambda l: int(l) if l.removeprefix("-").isdecimal() else math.inf
+    return sorted(set(labels), key=lambda l: (number(l), l))
+
 def collate(
-    rows: list[dict], # Rows of a dataset, with `input_ids`
+    rows: list[dict], # Rows of a dataset, with `input_ids`, and with `label` for a classifier
     pad_token_id: int, # What to fill up with
-) -> dict[str, torch.Tensor]: # `input_ids`, `labels`, and `attention_mask` where something is padded; each (batch, longest)
-    "Pads sequences on the right to a batch for a causal language model."
+    classes: dict[str, int] | None = None, # For a classifier: the number of each label
+) -> dict[str, torch.Tensor]: # `input_ids`, `labels`, and `attention_mask` where something is padded; each (batch, longest), `labels` for a classifier (batch,)
+    "Pads sequences on the right to a batch for a causal language model, or for a classifier."
     sequences = [torch.from_numpy(np.asarray(r["input_ids"], dtype=np.int64)) for r in rows]
     input_ids = pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
     real = torch.arange(input_ids.shape[1]) < torch.tensor([len(s) for s in sequences])[:, None]
-    batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(~real, -100)}
+    labels = input_ids.masked_fill(~real, -100) if classes is None else torch.tensor([classes[r["label"]] for r in rows])
+    batch = {"input_ids": input_ids, "labels": labels}
     return batch if real.all() else {**batch, "attention_mask": real.long()}
 
 # %% ../nbs/01_data.ipynb #7619161e

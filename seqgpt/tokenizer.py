@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'InputError', 'symbol_problem', 'check_vocab', 'read_vocab', 'find_specials', 'added_token',
-           'unknown_to_unk', 'make_tokenizer', 'save_tokenizer', 'load_tokenizer']
+           'unknown_to_unk', 'make_tokenizer', 'framing', 'save_tokenizer', 'load_tokenizer']
 
-# %% ../nbs/00_tokenizer.ipynb #d6ad19cb
+# %% ../nbs/00_tokenizer.ipynb #ef4379f3
 import json
 import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 # %% ../nbs/00_tokenizer.ipynb #7703c426
@@ -115,6 +115,18 @@ def make_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_tokens([added_token(s, s in specials.values()) for s in vocab])
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials)
+
+# %% ../nbs/00_tokenizer.ipynb #d6d49e14
+def framing(
+    tokenizer: PreTrainedTokenizerFast, # From `make_tokenizer` or `load_tokenizer`; changed in place
+) -> PreTrainedTokenizerFast: # The same
+    "Has `tokenizer` put `<bos>` and `<eos>` round every text, unless they are there."
+    bos, eos, backend = tokenizer.bos_token, tokenizer.eos_token, tokenizer.backend_tokenizer
+    if tokenizer("")["input_ids"]: return tokenizer # it does so already
+    strip = [normalizers.Replace(Regex(rf"^\s*{re.escape(bos)}\s+(?=\S)"), ""), normalizers.Replace(Regex(rf"(?<=\S)\s+{re.escape(eos)}\s*$"), "")]
+    backend.normalizer = normalizers.Sequence([backend.normalizer, *strip])
+    backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)])
+    return tokenizer
 
 # %% ../nbs/00_tokenizer.ipynb #83402aec
 def save_tokenizer(

@@ -56,7 +56,7 @@ BAD = {
     "not UTF-8": [b'{"text": "C4 \xff"}'],
     "not an object": [b'["C4"]', b'"C4"', b'null'],
     "padding inside a sequence": [b'{"tokens": ["C4", "<pad>", "D4"]}'],
-    "label is not a number or a name": [b'{"tokens": ["C4"], "label": [1]}'],
+    "label is not a whole number or a name": [b'{"tokens": ["C4"], "label": [1]}', b'{"tokens": ["C4"], "label": 1.0}', b'{"tokens": ["C4"], "label": true}'],
 }
 
 
@@ -72,8 +72,10 @@ def test_all_bad_lines_are_counted_with_their_places(melodies, tmp_path):
 
 
 def test_required_labels(melodies, encode, tmp_path):
-    path = write_lines(tmp_path, [{"tokens": ["C4"], "label": 0}, {"tokens": ["C4"]}, {"tokens": ["C4"], "label": 2}, {"tokens": ["C4"], "label": -1}])
-    with pytest.raises(ValueError, match=r"label out of range: 2, at line 3 \(2\), line 4 \(-1\); label missing: 1, at line 2"): encode(path, n_labels=2)
+    path = write_lines(tmp_path, [{"tokens": ["C4"], "label": 0}, {"tokens": ["C4"]}, {"tokens": ["C4"], "label": "two"}, {"tokens": ["C4"], "label": -1}, {"tokens": ["C4"], "label": ""}])
+    with pytest.raises(ValueError, match=r"label missing: 2, at line 2, line 5; unknown label: 2, at line 3 \('two'\), line 4 \(-1\)"): encode(path, classes=["0", "1"])
+    with pytest.raises(ValueError, match=r"label missing: 2, at line 2, line 5"): encode(path, classes=[])
+    assert encode(path).dataset["label"][:] == ["0", None, "two", "-1", None]
 
 
 @pytest.mark.parametrize("long, said", [("truncate", "tokens cut off"), ("split", "split into"), ("error", "longer than max_length")])

@@ -1,0 +1,284 @@
+"Classifiers: the command, the folder in plain Transformers, labels of all kinds, and starting from a trained model."
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import NOTES, TINY, VOCAB, installed, refused, seqgpt, write_lines
+from safetensors.torch import load_file
+from scipy.special import softmax
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+TRAIN = ["train", "--task", "classification", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
+NAMES = ["down $", "up"]
+
+
+def write_named(folder, melodies): return write_lines(folder, [{"tokens": t, "label": NAMES[l]} for t, l in melodies])
+
+
+@pytest.fixture
+def named(melodies, tmp_path):
+    write_named(tmp_path, melodies)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def classifier(melodies, tmp_path_factory):
+    "The folder of a language model of the melodies, and of a classifier made from it."
+    folder = tmp_path_factory.mktemp("classifier")
+    write_named(folder, melodies)
+    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--num_epochs", 4, "--max_length", 16, *TINY, cwd=folder).returncode == 0
+    result = installed("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c", "--num_epochs", 30, "--learning_rate", 1e-2, "--batch_size", 16, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (folder/"printed.txt").write_text(result.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def held_out(classifier):
+    "Texts and labels of the validation set."
+    rows = [json.loads(line) for line in open(classifier/"data.jsonl")]
+    rows = [rows[k] for k in json.loads((classifier/"c/split.json").read_text())["validation"]]
+    return [" ".join(r["tokens"]) for r in rows], np.array([NAMES.index(r["label"]) for r in rows])
+
+
+@pytest.fixture(scope="session")
+def plain(classifier):
+    return AutoModelForSequenceClassification.from_pretrained(classifier/"c/best_model").eval(), AutoTokenizer.from_pretrained(classifier/"c/best_model")
+
+
+# --- what a finished run leaves behind
+
+def test_outputs_are_complete(classifier):
+    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "config.yaml", "metrics.json", "README.md"}
+    assert model <= {p.name for p in (classifier/"c/best_model").iterdir()} and model == {p.name for p in (classifier/"c/final_model").iterdir()}
+    for name in ("training_curves.png", "best_model/evaluation/metrics.json", "best_model/evaluation/evaluation.png"): assert (classifier/"c"/name).stat().st_size > 0
+    config = json.loads((classifier/"c/best_model/config.json").read_text())
+    assert config["id2label"] == {"0": "down $", "1": "up"} and config["label2id"] == {"down $": 0, "up": 1} and config["architectures"] == ["GPT2ForSequenceClassification"]
+    assert {"loss", "accuracy", "macro_f1"} <= json.loads((classifier/"c/best_model/metrics.json").read_text()).keys()
+    card = (classifier/"c/best_model/README.md").read_text()
+    assert "text-classification" in card and "2 classes" in card and "lm/best_model" in card
+    printed = (classifier/"printed.txt").read_text()
+    assert "macro F1" in printed and "best so far" in printed and "k nearest neighbours" in printed
+
+
+def test_metrics_are_those_of_scikit_learn_on_the_logits_of_transformers(classifier, held_out, plain):
+    metrics, (texts, truth), (model, tokenizer) = json.loads((classifier/"c/best_model/evaluation/metrics.json").read_text()), held_out, plain
+    ids = [[1, *(VOCAB[s] for s in t.split()), 2] for t in texts]
+    with torch.no_grad(): logits = np.concatenate([model(torch.tensor([i])).logits.numpy() for i in ids])
+    guess, p = logits.argmax(1), softmax(logits.astype(float), axis=1)
+    assert metrics["sequences"] == len(truth) == 40 and metrics["accuracy"] > 0.8
+    assert metrics["accuracy"] == accuracy_score(truth, guess) and np.isclose(metrics["macro_f1"], f1_score(truth, guess, average="macro"))
+    assert np.isclose(metrics["loss"], log_loss(truth, p), rtol=1e-4) and metrics["confusion"] == confusion_matrix(truth, guess).tolist()
+    for k, name in enumerate(NAMES): assert np.isclose(metrics["per_class"][name]["f1"], f1_score(truth == k, guess == k))
+    assert metrics["accuracy_interval"][0] <= metrics["accuracy"] <= metrics["accuracy_interval"][1]
+    assert {"most frequent class", "logistic regression", "SVM", "k nearest neighbours"} == metrics["baselines"].keys()
+    saved = json.loads((classifier/"c/best_model/metrics.json").read_text())
+    assert saved["accuracy"] == metrics["accuracy"] and np.isclose(saved["loss"], metrics["loss"], rtol=0.05) # trained in 16 bits, perhaps
+
+
+def test_pipeline_takes_plain_text_and_any_batch(classifier, held_out, plain):
+    texts, pipe = held_out[0], pipeline("text-classification", str(classifier/"c/best_model"))
+    alone = [pipe(t)[0] for t in texts]
+    together = pipe(texts, batch_size=8)
+    framed = [pipe(f"<bos> {t} <eos>")[0] for t in texts]
+    for one, other, third in zip(alone, together, framed):
+        assert one["label"] == other["label"] == third["label"] and one["label"] in NAMES
+        assert abs(one["score"] - other["score"]) < 1e-5 and one["score"] == third["score"]
+    ids = plain[1](["C4", "C4 D4 E4"], padding=True)["input_ids"]
+    assert ids == [[1, 4, 2, 0, 0], [1, 4, 5, 6, 2]]
+
+
+def test_any_padding_gives_the_same_logits(plain, held_out):
+    from seqgpt.classification import class_logits, predict
+    model, tokenizer = plain
+    texts = held_out[0]
+    alone = torch.cat([model(**tokenizer(t, return_tensors="pt")).logits for t in texts]).detach()
+    for side in ("left", "right"): assert torch.allclose(class_logits(model, tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")), alone, atol=1e-5), side
+    for size in (1, 7, 100): assert np.allclose(predict(model, tokenizer, tokenizer(texts)["input_ids"], size), alone, atol=1e-5)
+
+
+# --- infer and evaluate
+
+def test_infer_prints_what_the_pipeline_says(classifier, held_out, tmp_path):
+    pipe = pipeline("text-classification", str(classifier/"c/best_model"), top_k=None)
+    ask = lambda *args: seqgpt("infer", "--model_path", "c/best_model", "--mode", "classify", *args, cwd=classifier)
+    expected = "\t".join(f"{a['label']} {a['score']:.2%}" for a in pipe(["C4 D4 E4"])[0])
+    assert ask("--prompt", "C4 D4 E4").stdout == ask("--prompt", "<bos> C4 D4 E4 <eos>").stdout == expected + "\n"
+    result = ask("--num_prompts", 3, "--top", 1, "--out_dir", tmp_path/"p")
+    assert [line.split("\t")[0].rsplit(" ", 1)[0] for line in result.stdout.splitlines()] == [answer[0]["label"] for answer in pipe(held_out[0][:3])], result.stderr
+    rows = [json.loads(line) for line in (tmp_path/"p/predictions.jsonl").read_text().splitlines()]
+    assert [" ".join(r["tokens"]) for r in rows] == held_out[0][:3] and all(np.isclose(sum(r["probabilities"].values()), 1) and r["label"] == next(iter(r["probabilities"])) for r in rows)
+    whole = ask("--prompt_file", "data.jsonl")
+    assert len(whole.stdout.splitlines()) == 200
+    assert ask("--prompt_file", "data.jsonl", "--prompt_share", 0.5, "--num_prompts", 200).stdout != whole.stdout
+    refused(ask("--num_prompts", 3, "--out_dir", tmp_path/"p"), "predictions.jsonl: is there already")
+    refused(ask(), "Nothing to classify", "--prompt")
+    refused(ask("--prompt", "C4 H4"), "'H4'")
+    refused(ask("--prompt", " ".join(["C4"]*15)), "17 tokens", "16 positions")
+    refused(ask("--prompt", "C4", "--top", 0), "top is 0")
+
+
+def test_a_language_model_is_no_classifier_and_the_other_way_round(classifier):
+    refused(seqgpt("infer", "--model_path", "lm/best_model", "--mode", "classify", "--prompt", "C4", cwd=classifier), "holds a language model", "--init_from lm/best_model")
+    for mode in ("interactive", "generate"): refused(seqgpt("infer", "--model_path", "c/best_model", "--mode", mode, cwd=classifier), "holds a classifier", "--mode classify")
+
+
+def test_evaluate_other_data(classifier, tmp_path):
+    ask = lambda *args: seqgpt("evaluate", "--model_path", classifier/"c/best_model", "--data_path", "data.jsonl", "--out_dir", "e", *args, cwd=tmp_path)
+    write_lines(tmp_path, [{"tokens": NOTES, "label": "up"}, {"tokens": NOTES[::-1], "label": "down"}, {"tokens": NOTES}, {"tokens": ["H4"], "label": "up"}, {"tokens": NOTES[::-1], "label": "down $"}])
+    refused(ask(), "3 of 5 lines", "unknown label: 1, at line 2 ('down')", "label missing: 1, at line 3", "--skip_bad_lines")
+    result = ask("--skip_bad_lines")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path/"e/metrics.json").read_text())
+    said = [p["label"] for p in pipeline("text-classification", str(classifier/"c/best_model"))([" ".join(NOTES), " ".join(NOTES[::-1])])]
+    assert metrics["sequences"] == 2 and metrics["accuracy"] == np.mean([said[0] == "up", said[1] == "down $"])
+    refused(ask("--skip_bad_lines"), "is there already")
+    write_lines(tmp_path, [{"tokens": NOTES, "label": "up"}])
+    assert ask("--out_dir", "one").returncode == 0 # no interval, no test, no crash
+    json.loads((tmp_path/"one/metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_evaluate_without_the_training_data(classifier, tmp_path):
+    shutil.copytree(classifier/"c/best_model", tmp_path/"m")
+    write_lines(tmp_path, [{"tokens": NOTES, "label": "up"}, {"tokens": NOTES[::-1], "label": "down $"}])
+    (tmp_path/"data.jsonl").rename(tmp_path/"other.jsonl")
+    refused(seqgpt("evaluate", "--model_path", "m", cwd=tmp_path), "data.jsonl", "--data_path")
+    result = seqgpt("evaluate", "--model_path", "m", "--data_path", "other.jsonl", cwd=tmp_path)
+    assert result.returncode == 0 and "SVM" not in result.stdout and "this model" in result.stdout, result.stderr
+
+
+# --- labels
+
+def test_missing_labels_are_refused_with_their_lines(melodies, tmp_path):
+    rows = [{"tokens": t, "label": l} for t, l in melodies]
+    for k in (3, 7): del rows[k]["label"]
+    write_lines(tmp_path, [*rows, {"tokens": ["C4"], "label": 0.5}])
+    refused(seqgpt(*TRAIN, cwd=tmp_path), "3 of 201 lines", "label missing: 2, at line 4, line 8", "label is not a whole number or a name: 1, at line 201 (0.5)")
+    assert not (tmp_path/"outputs").exists()
+    result = seqgpt(*TRAIN, "--max_steps", 2, "--skip_bad_lines", cwd=tmp_path)
+    assert result.returncode == 0 and "3 bad lines left out" in result.stdout
+    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--max_steps", 1, "--max_length", 16, "--skip_bad_lines", *TINY, cwd=tmp_path).returncode == 0 # no labels needed
+
+
+def test_labels_that_cannot_be_told_apart_or_are_new(melodies, tmp_path):
+    write_lines(tmp_path, [{"tokens": t, "label": "same"} for t, _ in melodies])
+    refused(seqgpt(*TRAIN, cwd=tmp_path), "all labels are 'same'")
+    write_named(tmp_path, melodies)
+    write_lines(tmp_path/"v", [{"tokens": NOTES, "label": "sideways"}])
+    refused(seqgpt(*TRAIN, "--validation_path", "v", cwd=tmp_path), "unknown label: 1, at line 1 ('sideways')")
+    assert not (tmp_path/"outputs").exists()
+
+
+def test_many_classes_of_every_size(tmp_path):
+    rng = np.random.default_rng(0)
+    names = [f"class {k} of a long name $x_{k}$" for k in range(60)]
+    rows = [{"tokens": [NOTES[k // 25], NOTES[k // 5 % 5], NOTES[k % 5]], "label": names[k]} for k in np.append(rng.integers(50, size=400), np.arange(60))] # ten of them stand once
+    write_lines(tmp_path, rows)
+    result = seqgpt(*TRAIN, "--max_steps", 20, "--class_weights", "balanced", cwd=tmp_path)
+    assert result.returncode == 0 and "the 30 lowest of 60" in result.stdout, result.stderr
+    assert list(json.loads((tmp_path/"outputs/best_model/config.json").read_text())["id2label"].values()) == sorted(names)
+
+
+def test_labels_that_are_numbers_are_in_their_order(melodies, tmp_path):
+    write_lines(tmp_path, [{"tokens": t, "label": [10, "9"][l]} for t, l in melodies])
+    assert seqgpt(*TRAIN, "--max_steps", 2, cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path/"outputs/best_model/config.json").read_text())["id2label"] == {"0": "9", "1": "10"}
+
+
+def test_balanced_weights_turn_the_guess_to_the_rare_class(tmp_path):
+    "Labels at random, nine to one: nothing can be learned but how frequent they are."
+    rng = np.random.default_rng(0)
+    write_lines(tmp_path, [{"tokens": rng.choice(NOTES, 4).tolist(), "label": int(k % 10 == 0)} for k in range(600)])
+    shares = {}
+    for weights in ("none", "balanced"):
+        assert seqgpt(*TRAIN, "--num_epochs", 3, "--class_weights", weights, "--output_dir", weights, cwd=tmp_path).returncode == 0
+        result = seqgpt("infer", "--model_path", f"{weights}/best_model", "--mode", "classify", "--num_prompts", 120, "--out_dir", f"p_{weights}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        shares[weights] = np.mean([json.loads(line)["probabilities"]["1"] for line in open(tmp_path/f"p_{weights}/predictions.jsonl")])
+    assert abs(shares["none"] - 0.1) < 0.05 and abs(shares["balanced"] - 0.5) < 0.15, shares
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--task", "classify"], ["clm, classification"]), (["--class_weights", "balance"], ["none, balanced"]), (["--long", "split"], ["truncate or error"]),
+    (["--init_from", "nowhere"], ["nowhere", "outputs/best_model"]), (["--model.num_labels", "3"], ["num_labels"]), (["--model.id2label", "3"], ["id2label", "cannot be set"]),
+])
+def test_mistakes_are_refused_and_nothing_is_written(args, words, named):
+    refused(seqgpt(*TRAIN, *args, cwd=named), *words)
+    refused(seqgpt("train", "--data_path", "data.jsonl", "--class_weights", "balanced", cwd=named), "--task classification")
+    assert not (named/"outputs").exists()
+
+
+# --- starting from a trained model
+
+def test_starts_from_the_body_the_data_and_the_split_of_the_language_model(classifier, tmp_path):
+    tune = lambda *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", tmp_path/"c", "--max_steps", 1, "--learning_rate", 1e-30, "--weight_decay", 0, *args, cwd=classifier)
+    assert tune().returncode == 0
+    before, after = load_file(classifier/"lm/best_model/model.safetensors"), load_file(tmp_path/"c/final_model/model.safetensors")
+    body = [name for name in before if name.startswith("transformer.")]
+    assert body and set(after) == {*body, "score.weight"} and all(torch.equal(before[name], after[name]) for name in body)
+    assert json.loads((tmp_path/"c/split.json").read_text())["validation"] == json.loads((classifier/"lm/split.json").read_text())["validation"]
+    saved = yaml.safe_load((tmp_path/"c/config.yaml").read_text())
+    assert (saved["n_layer"], saved["n_embd"], saved["max_length"], saved["data_path"]) == (1, 16, 16, "data.jsonl")
+
+
+def test_contradictions_to_the_model_it_starts_from(classifier, tmp_path):
+    tune = lambda *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", tmp_path/"c", "--max_steps", 1, *args, cwd=classifier)
+    refused(tune("--n_layer", 3), "n_layer is 3", "has 1", "--n_layer")
+    refused(tune("--max_length", 12), "max_length is 12", "has 16")
+    write_lines(tmp_path/"o", [{"tokens": NOTES, "label": k % 2} for k in range(20)], vocab={**VOCAB, "A4": 9})
+    refused(tune("--data_path", tmp_path/"o"), "not the vocabulary of lm/best_model", "'A4'")
+    assert not (tmp_path/"c").exists()
+    result = tune("--model.resid_pdrop", 0.3)
+    assert result.returncode == 0 and json.loads((tmp_path/"c/best_model/config.json").read_text())["resid_pdrop"] == 0.3
+
+
+def test_says_which_validation_sequences_were_seen(tmp_path):
+    rng = np.random.default_rng(0)
+    write_lines(tmp_path, [{"tokens": rng.choice(NOTES, 10).tolist(), "label": int(rng.integers(2))} for _ in range(200)])
+    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--max_steps", 1, "--max_length", 16, *TINY, cwd=tmp_path).returncode == 0
+    tune = lambda out, *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", out, "--max_steps", 1, *args, cwd=tmp_path).stdout
+    assert "was trained on" not in tune("same")
+    said = re.search(r"was trained on (\d+) of the sequences to validate on.* --seed .* 42", tune("other", "--data_path", "data.jsonl", "--seed", 7))
+    splits = [json.loads((tmp_path/name/"split.json").read_text()) for name in ("lm", "other")]
+    assert int(said[1]) == len(set(splits[0]["train"]) & set(splits[1]["validation"])) > 0
+    (tmp_path/"data.jsonl").rename(tmp_path/"moved.jsonl")
+    assert "cannot be told" in tune("third", "--data_path", "moved.jsonl")
+
+
+def test_a_language_model_goes_on_from_a_language_model(classifier, tmp_path):
+    result = seqgpt("train", "--init_from", "lm/best_model", "--output_dir", tmp_path/"more", "--num_epochs", 2, "--learning_rate", 3e-3, cwd=classifier)
+    assert result.returncode == 0, result.stderr
+    first = float(re.search(r"^ *1\.00 +\d+ +[\d.]+ +([\d.]+)", result.stdout, re.M)[1])
+    assert first < 1.05*json.loads((classifier/"lm/best_model/metrics.json").read_text())["perplexity"] # a new model begins above it
+
+
+def test_resumed_classifier_ends_with_the_same_weights(named):
+    args = [*TRAIN, "--precision", "fp32", "--eval_steps", 5, "--class_weights", "balanced"]
+    assert seqgpt(*args, "--max_steps", 20, "--output_dir", "through", cwd=named).returncode == 0
+    shutil.copytree(named/"through", named/"cut")
+    for name in ("cut/final_model", "cut/checkpoints/checkpoint-20"): shutil.rmtree(named/name)
+    refused(seqgpt(*args, "--max_steps", 20, "--output_dir", "cut", "--resume", "--class_weights", "none", cwd=named), "class_weights (was balanced, is none)")
+    result = seqgpt(*args, "--max_steps", 20, "--output_dir", "cut", "--resume", cwd=named)
+    assert result.returncode == 0 and "Going on from cut/checkpoints/checkpoint-" in result.stdout, result.stderr
+    assert (named/"cut/final_model/model.safetensors").read_bytes() == (named/"through/final_model/model.safetensors").read_bytes()
+
+
+# --- the best possible
+
+def test_markov_classes_come_near_the_best_possible(tmp_path):
+    sizes = "--symbols 6 --classes 3 --branching 3 --difference 1 --concentration 0.5 --min_length 8 --max_length 20".split()
+    corpus = seqgpt("corpus", "markov", "--out_dir", "m", "--num_sequences", 4000, *sizes, cwd=tmp_path)
+    seqgpt("corpus", "markov", "--out_dir", "new", "--num_sequences", 1000, "--draw_seed", 1, *sizes, cwd=tmp_path)
+    result = seqgpt("train", "--task", "classification", "--data_path", "m", "--validation_path", "new", "--max_length", 20, "--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--batch_size", 32,
+                    "--num_epochs", 3, "--learning_rate", 3e-3, "--warmup_steps", 0.1, "--model.resid_pdrop", 0, "--model.embd_pdrop", 0, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path/"outputs/best_model/evaluation/metrics.json").read_text())
+    again = seqgpt("corpus", "markov", "--out_dir", "again", "--num_sequences", 1000, "--draw_seed", 1, *sizes, cwd=tmp_path).stdout
+    assert f"accuracy {metrics['best_accuracy']:.2%}, from the whole sequence" in again and corpus.returncode == 0
+    print(metrics["accuracy_below_best"], metrics["best_accuracy"])
+    assert metrics["accuracy_below_best"] < 0.05 and "points below the best" in result.stdout
