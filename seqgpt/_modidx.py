@@ -107,6 +107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'seqgpt.data.read_lines': ('data.html#read_lines', 'seqgpt/data.py'),
                              'seqgpt.data.split_corpus': ('data.html#split_corpus', 'seqgpt/data.py'),
                              'seqgpt.data.symbol_ids': ('data.html#symbol_ids', 'seqgpt/data.py'),
+                             'seqgpt.data.unframed': ('data.html#unframed', 'seqgpt/data.py'),
                              'seqgpt.data.write_arrow': ('data.html#write_arrow', 'seqgpt/data.py'),
                              'seqgpt.data.write_corpus': ('data.html#write_corpus', 'seqgpt/data.py')},
             'seqgpt.evaluation': { 'seqgpt.evaluation.Drawn': ('evaluation.html#drawn', 'seqgpt/evaluation.py'),

@@ -7,7 +7,7 @@ __all__ = ['macro_f1', 'class_logits', 'predict', 'features', 'rivals', 'mcnemar
            'evaluate_classifier', 'plot_rivals', 'plot_confusion', 'plot_f1', 'plot_classification', 'fit_temperature',
            'told_log_likelihoods', 'opinions', 'plot_opinions']
 
-# %% ../nbs/07_classification.ipynb #2900afb7
+# %% ../nbs/07_classification.ipynb #ebc60ced
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,7 +30,7 @@ from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
 from .corpora import MarkovSource, credit, digits_shape, to_images
-from .data import collate
+from .data import collate, unframed
 from .evaluation import calibration_error, confidence_bins, evaluation_data, interval, name_ticks, plot_calibration, short_name, token_scores
 from .model import load_model
 from .tokenizer import InputError, load_tokenizer
@@ -58,7 +58,7 @@ def predict(
     batches = (collate([{"input_ids": ids} for ids in sequences[k:k + batch_size]], tokenizer.pad_token_id) for k in starts)
     return np.concatenate([class_logits(model, b).cpu().numpy() for b in batches])
 
-# %% ../nbs/07_classification.ipynb #2d51f789
+# %% ../nbs/07_classification.ipynb #45f4d606
 def features(
     train: list[list[str]], # Symbols of sequences to learn from
     other: list[list[str]], # and of others
@@ -73,11 +73,12 @@ def rivals(
     train: Dataset, # To learn from; columns `input_ids` and `label`
     validation: Dataset, # To be measured on
     tokenizer, # Of the model
-    most: int = 5_000, # Sequences of each to use, from the beginning; more are left out, to bound time
+    most: int = 5_000, # Sequences of each to use, of more a random choice to learn from and the first to be measured on, to bound time
 ) -> dict[str, np.ndarray]: # Name to guessed labels
     "What simple classifiers make of the validation sequences."
-    train, validation = (d.select(range(min(most, len(d)))) for d in (train, validation))
-    x, new = features(*([tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True) for ids in d["input_ids"]] for d in (train, validation)), tokenizer.get_vocab())
+    train = train.select(np.sort(np.random.default_rng(0).permutation(len(train))[:most]))
+    validation = validation.select(range(min(most, len(validation))))
+    x, new = features(*([unframed(ids, tokenizer) for ids in d["input_ids"]] for d in (train, validation)), tokenizer.get_vocab())
     models = {"most frequent class": DummyClassifier(), "logistic regression": LogisticRegression(max_iter=1000), "SVM": SVC(), "k nearest neighbours": KNeighborsClassifier(min(5, len(train)))}
     fit = lambda m: m.fit(x, train["label"][:]).predict(new)
     return {name: fit(m) for name, m in tqdm(models.items(), desc="scikit-learn", unit="classifier", delay=2, leave=False)} if len(train.unique("label")) > 1 else {}
@@ -91,7 +92,7 @@ def mcnemar(
     ours, theirs = int((right & ~other).sum()), int((other & ~right).sum())
     return float(binomtest(ours, ours + theirs).pvalue) if ours + theirs else 1.0
 
-# %% ../nbs/07_classification.ipynb #ec01fde5
+# %% ../nbs/07_classification.ipynb #91a5446c
 def best_possible(
     source: MarkovSource, # Where the sequences come from; its classes are called 0, 1, ...
     tokenizer, # Of the model
@@ -102,7 +103,7 @@ def best_possible(
     for k, row in enumerate(tqdm(dataset, desc="Best possible accuracy", unit="sequence", delay=2, leave=False)):
         label = row["label"]
         if not (label.isdecimal() and int(label) < len(source.probabilities)): raise InputError(f"{label!r} is not a class of the source in source.json, so the best possible accuracy is not known.")
-        try: found.append(credit(source.posterior(tokenizer.convert_ids_to_tokens(row["input_ids"], skip_special_tokens=True))[-1], int(label)))
+        try: found.append(credit(source.posterior(unframed(row["input_ids"], tokenizer))[-1], int(label)))
         except InputError as e: raise InputError(f"Sequence {k} is not from the source in source.json, so the best possible accuracy is not known. {e}") from e
     return np.array(found)
 

@@ -168,7 +168,7 @@ def evaluate(
     write_evaluation(evaluation, out, plot_evaluation if clm else plot_classification)
     print(f"Wrote {out}/metrics.json and evaluation.png.")
 
-# %% ../nbs/10_cli.ipynb #b4dc4016
+# %% ../nbs/10_cli.ipynb #854b12d2
 def read_sequences(
     path: str | Path | None, # JSON Lines file, plain or gzip, or a folder of them; None: the validation set of the model
     model_path: str | Path, # Folder of a trained model
@@ -176,11 +176,10 @@ def read_sequences(
     most: int | None = None, # How many to take, from the beginning; None: all
 ) -> list[list[str]]: # Symbols, without `<bos>` and `<eos>`
     "The first sequences at `path`; raises `InputError` where a line is not one."
-    from seqgpt.data import read_corpus
+    from seqgpt.data import read_corpus, unframed
     from seqgpt.evaluation import training_split
     dataset = read_corpus(path, tokenizer).dataset if path else training_split(model_path, tokenizer).validation
-    frame = (tokenizer.bos_token, tokenizer.eos_token)
-    return [[s for s in tokenizer.convert_ids_to_tokens(ids) if s not in frame] for ids in dataset[:most]["input_ids"]]
+    return [unframed(ids, tokenizer) for ids in dataset[:most]["input_ids"]]
 
 # %% ../nbs/10_cli.ipynb #4d8f829b
 def infer(

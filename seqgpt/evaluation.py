@@ -10,7 +10,7 @@ __all__ = ['perplexity_of', 'accuracy_of', 'BINS', 'short_name', 'token_scores',
            'plot_distances', 'plot_drawn', 'plot_evaluation', 'training_split', 'evaluate_folder', 'evaluation_data',
            'write_evaluation']
 
-# %% ../nbs/06_evaluation.ipynb #c53f810f
+# %% ../nbs/06_evaluation.ipynb #4c6db27a
 import json
 import math
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
 from .corpora import MarkovSource, load_source, possible_pairs
-from .data import Split, class_names, collate, read_corpus
+from .data import Split, class_names, collate, read_corpus, unframed
 from .inference import generate
 from .model import load_model
 from .tokenizer import InputError, load_tokenizer
@@ -272,7 +272,7 @@ class Drawn:
         return "\n".join([f"{f'{self.number} drawn sequences, as the distribution stands':60} {'drawn':>8} {'real':>8}"] + [f"{name:60} {drawn:>8} {real:>8}" for name, drawn, real in rows])
     __repr__ = __str__
 
-# %% ../nbs/06_evaluation.ipynb #d968ac43
+# %% ../nbs/06_evaluation.ipynb #c64be946
 def evaluate_samples(
     model, # A language model, in evaluation mode
     tokenizer, # Its tokenizer
@@ -285,7 +285,7 @@ def evaluate_samples(
     "Draws sequences, and continuations of the first halves of held-out ones, and holds them against real ones."
     number = min(number, len(dataset))
     real = dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:number]))["input_ids"][:]
-    symbols = [tokenizer.convert_ids_to_tokens([i for i in ids if i not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]) for ids in real]
+    symbols = [unframed(ids, tokenizer) for ids in real]
     half = [len(s) // 2 for s in symbols]
     longest = max(map(len, real)) - 1
     samples = generate(model, tokenizer, num_samples=number, max_new_tokens=longest, seed=seed)

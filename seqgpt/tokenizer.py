@@ -128,7 +128,7 @@ def framing(
     backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)])
     return tokenizer
 
-# %% ../nbs/00_tokenizer.ipynb #83402aec
+# %% ../nbs/00_tokenizer.ipynb #294194f0
 def save_tokenizer(
     tokenizer: PreTrainedTokenizerFast, # From `make_tokenizer` or `load_tokenizer`
     folder: str | Path, # Where to write; made if it is not there
@@ -138,7 +138,7 @@ def save_tokenizer(
     tokenizer.save_pretrained(folder)
     write = lambda name, content: (folder/name).write_text(json.dumps(content, indent=1, ensure_ascii=False)+"\n", encoding="utf-8")
     config = json.loads((folder/"tokenizer_config.json").read_text(encoding="utf-8"))
-    write("tokenizer_config.json", {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+    write("tokenizer_config.json", {**config, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]})
     write("special_tokens_map.json", {role: getattr(tokenizer, role) for role in SPECIALS})
     write("vocab.json", dict(sorted(tokenizer.get_vocab().items(), key=lambda p: p[1])))
     (folder/"merges.txt").write_text("#version: 0.2\n")

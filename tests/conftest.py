@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TINY = "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 16 --learning_rate 3e-3".split()
 NOTES = ["C4", "D4", "E4", "F4", "G4"]
+NAMES = ["down $", "up"] # of the classes of melodies; a dollar is special in pictures
 VOCAB = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *NOTES])}
 
 
@@ -37,6 +38,11 @@ def write_lines(folder, lines, vocab=VOCAB):
     (folder/"vocab.json").write_text(json.dumps(vocab))
     (folder/"data.jsonl").write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines) + b"\n")
     return folder/"data.jsonl"
+
+
+def write_named(folder, melodies):
+    "The melodies, with names for labels."
+    return write_lines(folder, [{"tokens": t, "label": NAMES[l]} for t, l in melodies])
 
 
 def seqgpt(*args, cwd, input=""):
@@ -78,4 +84,16 @@ def trained(melodies, tmp_path_factory):
     assert result.returncode == 0, result.stderr
     (folder/"printed.txt").write_text(result.stdout)
     (folder/"bars.txt").write_text(result.stderr)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier(melodies, tmp_path_factory):
+    "The folder of a language model of the melodies, and of a classifier made from it."
+    folder = tmp_path_factory.mktemp("classifier")
+    write_named(folder, melodies)
+    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--num_epochs", 4, "--max_length", 16, *TINY, cwd=folder).returncode == 0
+    result = installed("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c", "--num_epochs", 30, "--learning_rate", 1e-2, "--batch_size", 16, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (folder/"printed.txt").write_text(result.stdout)
     return folder

@@ -7,35 +7,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import NOTES, TINY, VOCAB, installed, refused, seqgpt, write_lines
+from conftest import NAMES, NOTES, TINY, VOCAB, refused, seqgpt, write_lines, write_named
 from safetensors.torch import load_file
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 TRAIN = ["train", "--task", "classification", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
-NAMES = ["down $", "up"]
-
-
-def write_named(folder, melodies): return write_lines(folder, [{"tokens": t, "label": NAMES[l]} for t, l in melodies])
 
 
 @pytest.fixture
 def named(melodies, tmp_path):
     write_named(tmp_path, melodies)
     return tmp_path
-
-
-@pytest.fixture(scope="session")
-def classifier(melodies, tmp_path_factory):
-    "The folder of a language model of the melodies, and of a classifier made from it."
-    folder = tmp_path_factory.mktemp("classifier")
-    write_named(folder, melodies)
-    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--num_epochs", 4, "--max_length", 16, *TINY, cwd=folder).returncode == 0
-    result = installed("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c", "--num_epochs", 30, "--learning_rate", 1e-2, "--batch_size", 16, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    (folder/"printed.txt").write_text(result.stdout)
-    return folder
 
 
 @pytest.fixture(scope="session")

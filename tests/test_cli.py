@@ -296,7 +296,7 @@ def test_yaml_and_flags(corpus):
     (["--data_path", "none.jsonl"], ["none.jsonl", "--data_path"]), (["--vocab_path", "none.json"], ["none.json", "--vocab_path"]), (["--config", "none.yaml"], ["none.yaml"]),
     (["--validation_fraction", "1"], ["validation_fraction"]), (["--lr_scheduler_type", "cosin"], ["cosin"]), (["stray"], ["stray"]),
     (["--model.activation_function", "gulu"], ["gulu"]), (["--lr_scheduler_type", "cosine_with_min_lr"], ["min_lr"]), (["--model.resid_pdrop", "2"], ["dropout"]),
-    (["--model.n_layer", "3"], ["--n_layer"]), (["--seed", "99999999999999"], ["seed"]), (["--max_steps", "0"], ["max_steps"]), (["--config", "quik"], ["presets are: quick"]),
+    (["--model.n_layer", "3"], ["--n_layer"]), (["--seed", "99999999999999"], ["seed"]), (["--max_steps", "0"], ["max_steps"]), (["--config", "quik"], ["presets are: classify, quick"]),
     (["--data_path", "nowhere"], ["nowhere", "no such file or folder"]), (["--cache_dir", "data.jsonl"], ["data.jsonl"]), (["--seed", "x"], ["seed", "int"]),
 ])
 def test_mistakes_in_flags_are_refused_and_nothing_is_written(args, words, corpus):
