@@ -107,7 +107,7 @@ def best_possible(
         except InputError as e: raise InputError(f"Sequence {k} is not from the source in source.json, so the best possible accuracy is not known. {e}") from e
     return np.array(found)
 
-# %% ../nbs/07_classification.ipynb #62407f20
+# %% ../nbs/07_classification.ipynb #e1801d8a
 @dataclass
 class ClassEvaluation:
     "How good a classifier is on a set of sequences."
@@ -128,7 +128,8 @@ class ClassEvaluation:
         "95 % confidence intervals."
         ones = np.ones(len(self.truth))
         found = {"accuracy": interval(np.stack([self.right, ones]), lambda s: s[0]/s[1])}
-        if len(ones) > 1: found["macro_f1"] = tuple(map(float, bootstrap((self.truth, self.guess), macro_f1, paired=True, vectorized=False, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)).confidence_interval))
+        occur = np.union1d(self.truth, self.guess) # the same classes in each draw, also in one that misses a rare class
+        if len(ones) > 1: found["macro_f1"] = tuple(map(float, bootstrap((self.truth, self.guess), lambda t, g: macro_f1(t, g, occur), paired=True, vectorized=False, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)).confidence_interval))
         if self.best is not None: found["accuracy_below_best"] = interval(np.stack([self.best - self.right, ones]), lambda s: s[0]/s[1])
         return found
 
@@ -166,14 +167,15 @@ class ClassEvaluation:
         lines.append(f"log loss {m['loss']:.4g} nats per sequence (guessing evenly: {math.log(len(self.classes)):.4g}), calibration error {m['calibration_error']:.2%}, over {m['sequences']:,} sequences")
         rows = sorted(m["per_class"].items(), key=lambda r: r[1]["f1"])[:most] if len(self.classes) > most else m["per_class"].items()
         wide = min(22, max(map(len, self.classes)))
+        name = lambda c: c if len(c) <= 22 else c[:21] + "…"
         lines.append(f"{'class':>{max(5, wide)}} {'sequences':>9} {'precision':>9} {'recall':>7} {'F1':>7}{f'   the {most} lowest of {len(self.classes)}' if len(self.classes) > most else ''}")
-        lines += [f"{c[:22]:>{max(5, wide)}} {r['sequences']:9} {r['precision']:9.1%} {r['recall']:7.1%} {r['f1']:7.1%}" for c, r in rows]
-        if mistakes := self.confusions()[:5]: lines.append("taken for another most often: " + ", ".join(f"{t} for {g} ({n})" for t, g, n in mistakes))
+        lines += [f"{name(c):>{max(5, wide)}} {r['sequences']:9} {r['precision']:9.1%} {r['recall']:7.1%} {r['f1']:7.1%}" for c, r in rows]
+        if mistakes := self.confusions()[:5]: lines.append("taken for another most often: " + ", ".join(f"{name(t)} for {name(g)} ({n})" for t, g, n in mistakes))
         return "\n".join(lines)
 
     __repr__ = __str__
 
-macro_f1 = lambda truth, guess: float(f1_score(truth, guess, average="macro", zero_division=0))
+macro_f1 = lambda truth, guess, labels=None: float(f1_score(truth, guess, labels=labels, average="macro", zero_division=0))
 
 # %% ../nbs/07_classification.ipynb #a0ae07e2
 def evaluate_classifier(

@@ -7,12 +7,13 @@ __all__ = ['BadLine', 'symbol_ids', 'frame', 'unframed', 'read_label', 'parse_li
            'cut', 'fingerprint', 'Corpus', 'encode_rows', 'id_type', 'write_arrow', 'read_corpus', 'Split',
            'split_corpus', 'given_split', 'class_names', 'collate', 'plot_batch', 'write_corpus']
 
-# %% ../nbs/01_data.ipynb #69d7420b
+# %% ../nbs/01_data.ipynb #4303ec36
 import gzip
 import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,19 +75,20 @@ def unframed(
     "The way back: the symbols of `ids`, without `<bos>` and `<eos>`."
     return tokenizer.convert_ids_to_tokens([i for i in ids if i not in (tokenizer.bos_token_id, tokenizer.eos_token_id)])
 
-# %% ../nbs/01_data.ipynb #cc7ff6c4
+# %% ../nbs/01_data.ipynb #a2f586b4
 def read_label(
     record: dict, # One decoded line
     classes: list[str] | None = None, # The labels there are; empty: any, but there must be one; None: any, or none
 ) -> str | None:
     "The label of `record` as text; raises `BadLine`."
     label = record.get("label")
-    if label in (None, ""):
+    name = str(label).strip()
+    if label is None or not name:
         if classes is None: return None
         raise BadLine("label missing")
-    if isinstance(label, bool) or not isinstance(label, (int, str)): raise BadLine("label is not a whole number or a name", repr(label)[:40])
-    if classes and str(label) not in classes: raise BadLine("unknown label", repr(label)[:40])
-    return str(label)
+    if isinstance(label, bool) or not isinstance(label, (int, str)) or not name.isprintable(): raise BadLine("label is not a whole number or a name", repr(label)[:40])
+    if classes and name not in classes: raise BadLine("unknown label", repr(label)[:40])
+    return name
 
 # %% ../nbs/01_data.ipynb #4173d483
 def parse_line(
@@ -135,7 +137,7 @@ def read_lines(
             raise InputError(f"{path}, after line {number}: the file cannot be read on ({e}). Is it complete?") from e
         progress(raw.tell())
 
-# %% ../nbs/01_data.ipynb #81821cf3
+# %% ../nbs/01_data.ipynb #42622451
 class Problems:
     "Counts bad lines by kind, and remembers where the first of each kind are."
     def __init__(self):
@@ -149,7 +151,7 @@ class Problems:
         if len(self.first[problem.kind]) < 3: self.first[problem.kind].append(where + (f" ({problem.detail})" if problem.detail else ""))
 
     def __str__(self):
-        return "; ".join(f"{kind}: {n}, at {', '.join(self.first[kind])}{', ...' if n > 3 else ''}" for kind, n in self.counts.most_common())
+        return "; ".join(f"{kind}: {n}, at {', '.join(self.first[kind])}{' and more' if n > 3 else ''}" for kind, n in self.counts.most_common())
 
 # %% ../nbs/01_data.ipynb #2754da9e
 def cut(
@@ -251,7 +253,7 @@ def write_arrow(
             if len(held) == batch: write(held); held = []
         if held: write(held)
 
-# %% ../nbs/01_data.ipynb #806925a9
+# %% ../nbs/01_data.ipynb #05c0a26a
 def read_corpus(
     data_path: str | Path, # A JSON Lines file, plain or gzip, or a folder of them
     tokenizer, # From `make_tokenizer`
@@ -283,6 +285,7 @@ def read_corpus(
     report = json.loads(account.read_text())
     if report["skipped"] and not (skip_bad_lines and report["sequences"]):
         remedy = "Mend them, or go on without them with --skip_bad_lines." if report["sequences"] else 'Is it JSON Lines in UTF-8? Each line is an object such as {"tokens": ["a", "b"]}.'
+        if re.match("(label|unknown label)", report["problems"]) and not report["sequences"]: remedy = f"A classifier needs a label on each line{f', one of {chr(44).join(classes[:20])}' if classes else ''}, as in {{\"tokens\": [\"a\", \"b\"], \"label\": \"{(classes or ['name'])[0]}\"}}."
         raise InputError(f"{data_path}: {report['skipped']:,} of {report['lines']:,} lines cannot be used.\n{report['problems']}.\n{remedy}")
     if not report["sequences"]: raise InputError(f'{data_path}: no sequences in it. A line is an object such as {{"tokens": ["a", "b"]}}.')
     return Corpus(Dataset.from_file(str(arrow)), report)

@@ -10,9 +10,10 @@ __all__ = ['perplexity_of', 'accuracy_of', 'BINS', 'short_name', 'token_scores',
            'plot_distances', 'plot_drawn', 'plot_evaluation', 'training_split', 'evaluate_folder', 'evaluation_data',
            'write_evaluation']
 
-# %% ../nbs/06_evaluation.ipynb #4c6db27a
+# %% ../nbs/06_evaluation.ipynb #a93f9b76
 import json
 import math
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
 from .corpora import MarkovSource, load_source, possible_pairs
-from .data import Split, class_names, collate, read_corpus, unframed
+from .data import Split, class_names, collate, given_split, read_corpus, unframed
 from .inference import generate
 from .model import load_model
 from .tokenizer import InputError, load_tokenizer
@@ -480,7 +481,7 @@ def training_split(
         raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same.\nName other sequences with --data_path (evaluate) or --prompt_file (infer).")
     return split
 
-# %% ../nbs/06_evaluation.ipynb #e3c98f08
+# %% ../nbs/06_evaluation.ipynb #7cd501a1
 def evaluate_folder(
     model_path: str | Path, # A folder such as outputs/best_model
     data_path: str | Path | None = None, # Sequences to evaluate on; default: the validation set of the training
@@ -514,6 +515,7 @@ def evaluation_data(
     else:
         other = read_corpus(data_path, tokenizer, max_length, skip_bad_lines=skip_bad_lines, classes=classes)
         tqdm.write(str(other))
+        if split and (known := given_split(split.train, other.dataset).shared): tqdm.write(f"{known:,} of them stand in the training set.")
         dataset, path = other.dataset, data_path
     try: source = load_source(path)
     except InputError as e: source = tqdm.write(str(e)) # a damaged source costs the floor, not the evaluation
@@ -528,6 +530,8 @@ def write_evaluation(
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     (out/"metrics.json").write_text(json.dumps(evaluation.metrics, indent=1) + "\n")
-    figure = plot(evaluation)
-    figure.savefig(out/"evaluation.png", dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph") # a label in letters that the font lacks
+        figure = plot(evaluation)
+        figure.savefig(out/"evaluation.png", dpi=120)
     plt.close(figure)

@@ -10,7 +10,7 @@ __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision
            'training_arguments', 'find_checkpoint', 'resume_command', 'begin_run', 'say_what_was_seen', 'Run',
            'plot_curves', 'task_parts', 'train']
 
-# %% ../nbs/04_training.ipynb #66496a1e
+# %% ../nbs/04_training.ipynb #6bc9f774
 import json
 import math
 import os
@@ -19,6 +19,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,13 +42,13 @@ from .data import Corpus, Split, class_names, collate, corpus_files, given_split
 from .model import TASKS, count_parameters, load_model, make_config, new_model, task_of
 from .tokenizer import SPECIALS, InputError, framing, load_tokenizer, make_tokenizer, read_vocab, save_tokenizer
 
-# %% ../nbs/04_training.ipynb #b491cb74
+# %% ../nbs/04_training.ipynb #8721ab30
 @dataclass
 class Config:
     "What a training run depends on; the defaults are those of the project."
     data_path: str | None = None # JSON Lines file, plain or gzip, or a folder of them; nothing means the data of init_from, or (on the command line) the built-in digits
     task: str = "clm" # clm: predict the next token (causal language model); classification: predict the label from the last token
-    init_from: str | None = None # Folder of a trained model to start from, such as outputs/best_model; default: random weights
+    init_from: str | None = None # Folder of a trained model to start from, such as outputs/best_model; default: random weights. The head of a classifier always starts from random weights
     class_weights: str = "none" # Classification: none, every sequence counts the same; balanced, every class does
     vocab_path: str | None = None # Default: vocab.json beside the data
     pad_token: str | None = None # Name of the special token in the vocabulary, if it is unusual
@@ -82,7 +83,7 @@ class Config:
     n_embd: int = 384 # Dimensions of a token
     model: dict = field(default_factory=dict) # Any other field of GPT2Config, such as resid_pdrop: 0.2
 
-# %% ../nbs/04_training.ipynb #4482a349
+# %% ../nbs/04_training.ipynb #8ca30a25
 def check_config(
     config: Config,
 ):
@@ -105,6 +106,8 @@ def check_config(
     except Exception as e: raise InputError(f"lr_scheduler_type {config.lr_scheduler_type!r} cannot be used: {' '.join(str(e).split())}") from e
     if config.data_path and Path(config.data_path).resolve() == Path(config.output_dir).resolve():
         raise InputError(f"{config.output_dir}: is the folder of the data. Choose another --output_dir, or samples would become data.")
+    if config.overwrite and config.init_from and Path(config.output_dir).resolve() in Path(config.init_from).resolve().parents:
+        raise InputError(f"{config.output_dir}: holds the model to start from, which --overwrite would delete. Choose another --output_dir.")
     if config.resume and config.overwrite: raise InputError("Choose one of --resume (go on) and --overwrite (start again).")
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -180,13 +183,15 @@ def balanced_weights(
     counts = torch.bincount(torch.tensor(labels), minlength=n_classes)
     return len(labels) / (n_classes * counts.clamp(min=1))
 
-# %% ../nbs/04_training.ipynb #140451fb
+# %% ../nbs/04_training.ipynb #df26b935
 def class_guesses(
     logits: torch.Tensor, # (batch, classes)
     labels: torch.Tensor, # (batch,)
 ) -> torch.Tensor: # (batch, 3): loss in nats, guess, truth
     "What the metrics need to know of each sequence."
     return torch.stack([F.cross_entropy(logits.float(), labels, reduction="none").double(), logits.argmax(-1), labels], dim=1)
+
+warnings.filterwarnings("ignore", "The number of unique classes") # scikit-learn takes many classes for a regression
 
 def class_metrics(
     rows: np.ndarray, # (sequences, 3), from `class_guesses`
@@ -416,7 +421,7 @@ def load_data(
     other = read(config.validation_path, class_names(corpus.dataset.unique("label")) if config.task == "classification" else None)
     return Corpus(corpus.dataset, {**corpus.report, "fingerprint": f"{corpus.report['fingerprint']}, {other.report['fingerprint']}"}), given_split(corpus.dataset, other.dataset)
 
-# %% ../nbs/04_training.ipynb #0e94e3ad
+# %% ../nbs/04_training.ipynb #82a1ba2f
 def training_arguments(
     config: Config,
     n_train: int, # Training sequences
@@ -435,7 +440,7 @@ def training_arguments(
     per_epoch = math.ceil(n_train / (args.train_batch_size * args.world_size * config.gradient_accumulation_steps))
     args.max_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * per_epoch)
     args.eval_steps = args.save_steps = config.eval_steps or per_epoch
-    args.logging_steps = min(config.logging_steps, args.eval_steps)
+    args.logging_steps = min(config.logging_steps, args.eval_steps, args.max_steps)
     return args
 
 # %% ../nbs/04_training.ipynb #138803d2
@@ -534,7 +539,7 @@ def plot_curves(
     for ax in axes: ax.set_xlabel("epoch")
     return fig
 
-# %% ../nbs/04_training.ipynb #ab75c979
+# %% ../nbs/04_training.ipynb #a78e75f6
 def task_parts(
     config: Config,
     split: Split,
@@ -546,6 +551,8 @@ def task_parts(
         return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id), compute_metrics=ExactMetrics(token_metrics), preprocess_logits_for_metrics=token_sums), configure()
     framing(tokenizer)
     classes = class_names(split.train.unique("label") + split.validation.unique("label"))
+    for name, part in {"learn from": split.train, "be measured on": split.validation}.items():
+        if lacking := [c for c in classes if c not in set(part.unique("label"))]: tqdm.write(f"{len(lacking)} of {len(classes)} classes have no sequence to {name}: {', '.join(lacking[:5])}{' and more' if len(lacking) > 5 else ''}.")
     if len(classes) < 2: raise InputError(f"{config.data_path}: all labels are {classes[0]!r}, so there is nothing to tell apart.")
     model_config = configure(classes=classes)
     weights = None
@@ -553,7 +560,7 @@ def task_parts(
     return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, classes=model_config.label2id), compute_loss_func=partial(class_loss, weights=weights),
                 compute_metrics=ExactMetrics(partial(class_metrics, weights=weights)), preprocess_logits_for_metrics=class_guesses), model_config
 
-# %% ../nbs/04_training.ipynb #33bad8c7
+# %% ../nbs/04_training.ipynb #adbb6bf2
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -566,6 +573,7 @@ def train(
     configure() # a mistake shows before the data is read
     corpus, split = load_data(config, tokenizer)
     parts, model_config = task_parts(config, split, tokenizer, configure)
+    tokenizer.model_max_length = config.max_length # where others cut off what is too long
     args, out = training_arguments(config, len(split.train)), Path(config.output_dir)
     checkpoint = find_checkpoint(config, corpus.report["fingerprint"], args.max_steps)
     model, stop, first = new_model(model_config, config.seed, config.task), StopOnSignal(), args.process_index == 0 # of several processes, one writes

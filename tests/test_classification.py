@@ -216,7 +216,9 @@ def test_contradictions_to_the_model_it_starts_from(classifier, tmp_path):
     refused(tune("--max_length", 12), "max_length is 12", "has 16")
     write_lines(tmp_path/"o", [{"tokens": NOTES, "label": k % 2} for k in range(20)], vocab={**VOCAB, "A4": 9})
     refused(tune("--data_path", tmp_path/"o"), "not the vocabulary of lm/best_model", "'A4'")
-    assert not (tmp_path/"c").exists()
+    refused(tune("--output_dir", "lm", "--overwrite"), "holds the model to start from")
+    refused(tune("--output_dir", "lm"), "holds an earlier run")
+    assert not (tmp_path/"c").exists() and (classifier/"lm/best_model/config.json").exists()
     result = tune("--model.resid_pdrop", 0.3)
     assert result.returncode == 0 and json.loads((tmp_path/"c/best_model/config.json").read_text())["resid_pdrop"] == 0.3
 
