@@ -54,3 +54,8 @@ def test_results_on_the_front_page_are_the_stored_ones():
     best = limits["default"]
     assert best["metrics"]["perplexity_over_floor"] < 1.01 and best["metrics"]["accuracy_below_best"] < 0.005
     assert f"{best['tokens']/1e6:.0f} million tokens" in front and abs(best["minutes"] - 150) < 15 and "two and a half hours on one core" in front
+    classes = json.loads((ROOT/"nbs/tutorials/results/classification.json").read_text())
+    mean = lambda start, share: f"{100*sum(classes['sweep'][start][share])/3:.1f}"
+    assert f"{float(mean('language model', '0.05')):.0f} % rightly with 5 %" in front and f"{float(mean('random weights', '0.05')):.0f} % when it starts" in front
+    assert f"{mean('language model', '1.0')} % and {mean('random weights', '1.0')} % (means of three seeds)" in front
+    assert f"{100*classes['digits']['accuracy']:.1f} %, as many as the SVM" in front and f"within {100*classes['markov']['accuracy_below_best']:.1f} points" in front
