@@ -321,18 +321,20 @@ def literal(
     try: return json.loads(value)
     except (TypeError, ValueError): return value
 
-# %% ../nbs/10_cli.ipynb #cdcadf58
+# %% ../nbs/10_cli.ipynb #ded76c2f
 def run_verb(
     verb: str, # One of `VERBS`
     rest: list[str], # Its flags
 ):
     "Reads the flags and does what the verb says."
     if verb == "train":
-        from seqgpt.training import Config
+        from seqgpt.training import Config, start_from
         flags = [w if f != "--config" else preset(w) for f, w in zip(["", *rest], rest)]
         given = vars(parser_for(verb, Config).parse_args(flags))
         settings = {k: v for k, v in given.items() if k != "config"}
-        return train_command(Config(**{**settings, "model": {k: literal(v) for k, v in settings["model"].items()}}))
+        config = Config(**{**settings, "model": {k: literal(v) for k, v in settings["model"].items()}})
+        start_from(config, {f[2:].split("=")[0] for f in rest if f.startswith("--")}) # a flag that contradicts the model is refused, also one that says the default
+        return train_command(config)
     targets = [globals()[verb.replace(" ", "_")]]
     if verb == "corpus markov":
         from seqgpt.corpora import make_markov

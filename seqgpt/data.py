@@ -7,13 +7,12 @@ __all__ = ['BadLine', 'symbol_ids', 'frame', 'unframed', 'read_label', 'parse_li
            'cut', 'fingerprint', 'Corpus', 'encode_rows', 'id_type', 'write_arrow', 'read_corpus', 'Split',
            'split_corpus', 'given_split', 'class_names', 'collate', 'plot_batch', 'write_corpus']
 
-# %% ../nbs/01_data.ipynb #4303ec36
+# %% ../nbs/01_data.ipynb #69d7420b
 import gzip
 import hashlib
 import json
 import math
 import os
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,7 +252,7 @@ def write_arrow(
             if len(held) == batch: write(held); held = []
         if held: write(held)
 
-# %% ../nbs/01_data.ipynb #05c0a26a
+# %% ../nbs/01_data.ipynb #65805ba1
 def read_corpus(
     data_path: str | Path, # A JSON Lines file, plain or gzip, or a folder of them
     tokenizer, # From `make_tokenizer`
@@ -284,8 +283,8 @@ def read_corpus(
         finally: part.unlink(missing_ok=True)
     report = json.loads(account.read_text())
     if report["skipped"] and not (skip_bad_lines and report["sequences"]):
-        remedy = "Mend them, or go on without them with --skip_bad_lines." if report["sequences"] else 'Is it JSON Lines in UTF-8? Each line is an object such as {"tokens": ["a", "b"]}.'
-        if re.match("(label|unknown label)", report["problems"]) and not report["sequences"]: remedy = f"A classifier needs a label on each line{f', one of {chr(44).join(classes[:20])}' if classes else ''}, as in {{\"tokens\": [\"a\", \"b\"], \"label\": \"{(classes or ['name'])[0]}\"}}."
+        example = {"tokens": ["a", "b"]} | ({} if classes is None else {"label": (classes or ["name"])[0]})
+        remedy = "Mend them, or go on without them with --skip_bad_lines." if report["sequences"] else f"Is it JSON Lines in UTF-8? Each line is an object such as {json.dumps(example)}."
         raise InputError(f"{data_path}: {report['skipped']:,} of {report['lines']:,} lines cannot be used.\n{report['problems']}.\n{remedy}")
     if not report["sequences"]: raise InputError(f'{data_path}: no sequences in it. A line is an object such as {{"tokens": ["a", "b"]}}.')
     return Corpus(Dataset.from_file(str(arrow)), report)

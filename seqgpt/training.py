@@ -375,9 +375,10 @@ def validation_metrics(
     return {**{name: log[f"eval_{name}"] for name in names}, **({f"train_{names[0]}": train} if math.isfinite(train) else {}),
             "epoch": round(log["epoch"], 4), "step": log["step"]}
 
-# %% ../nbs/04_training.ipynb #132bf119
+# %% ../nbs/04_training.ipynb #3c2b45ed
 def start_from(
     config: Config,
+    named: set[str] = frozenset(), # Settings that somebody named; others may be defaults
 ) -> Config: # The same, where `init_from` names no model
     "`config` with the shape, and where it names none with the data, of the model that it starts from; raises `InputError` where they contradict each other."
     if config.init_from is None: return config
@@ -386,7 +387,7 @@ def start_from(
     untouched = lambda name: getattr(config, name) == getattr(default, name)
     shape = dict(max_length=body.n_positions, n_layer=body.n_layer, n_head=body.n_head, n_embd=body.n_embd)
     for name, value in shape.items():
-        if not untouched(name) and getattr(config, name) != value: raise InputError(f"{name} is {getattr(config, name)}, but the model in {config.init_from} has {value}. Leave --{name} out.")
+        if (name in named or not untouched(name)) and getattr(config, name) != value: raise InputError(f"{name} is {getattr(config, name)}, but the model in {config.init_from} has {value}. Leave --{name} out.")
     usual = make_config(load_tokenizer(config.init_from), **shape)
     own = set(GPT2Config.__annotations__) - {"use_cache", *(f"{t}_token_id" for t in ("bos", "eos", "pad"))}
     data = {}

@@ -73,6 +73,7 @@ def test_pipeline_takes_plain_text_and_any_batch(classifier, held_out, plain):
     for one, other, third in zip(alone, together, framed):
         assert one["label"] == other["label"] == third["label"] and one["label"] in NAMES
         assert abs(one["score"] - other["score"]) < 1e-5 and one["score"] == third["score"]
+    assert pipe(" ".join(["C4"]*40), truncation=True)[0]["label"] in NAMES
     ids = plain[1](["C4", "C4 D4 E4"], padding=True)["input_ids"]
     assert ids == [[1, 4, 2, 0, 0], [1, 4, 5, 6, 2]]
 
@@ -136,6 +137,20 @@ def test_evaluate_without_the_training_data(classifier, tmp_path):
     assert result.returncode == 0 and "SVM" not in result.stdout and "this model" in result.stdout, result.stderr
 
 
+def test_evaluate_says_what_was_trained_on(classifier, tmp_path):
+    lines = open(classifier/"data.jsonl").read().splitlines()
+    learned = {lines[k] for k in json.loads((classifier/"c/split.json").read_text())["train"]}
+    result = seqgpt("evaluate", "--model_path", "c/best_model", "--data_path", "data.jsonl", "--out_dir", tmp_path/"e", cwd=classifier)
+    assert f"{sum(line in learned for line in lines)} of them stand in the training set" in result.stdout, result.stderr
+
+
+def test_interval_of_macro_f1_counts_a_rare_class_that_is_never_named():
+    from seqgpt.classification import ClassEvaluation
+    truth = np.array([0]*98 + [1]*2)
+    found = ClassEvaluation(["common", "rare"], np.tile([1.0, 0.0], (100, 1)), truth).metrics
+    assert found["macro_f1"] == f1_score(truth, 0*truth, average="macro", zero_division=0) and found["macro_f1_interval"][1] <= 0.5
+
+
 # --- labels
 
 def test_missing_labels_are_refused_with_their_lines(melodies, tmp_path):
@@ -143,6 +158,8 @@ def test_missing_labels_are_refused_with_their_lines(melodies, tmp_path):
     for k in (3, 7): del rows[k]["label"]
     write_lines(tmp_path, [*rows, {"tokens": ["C4"], "label": 0.5}])
     refused(seqgpt(*TRAIN, cwd=tmp_path), "3 of 201 lines", "label missing: 2, at line 4, line 8", "label is not a whole number or a name: 1, at line 201 (0.5)")
+    write_lines(tmp_path/"none", [{"tokens": t} for t, _ in melodies])
+    refused(seqgpt("train", "--task", "classification", "--data_path", "none", cwd=tmp_path), "label missing: 200, at line 1, line 2, line 3 and more", '"label": "name"')
     assert not (tmp_path/"outputs").exists()
     result = seqgpt(*TRAIN, "--max_steps", 2, "--skip_bad_lines", cwd=tmp_path)
     assert result.returncode == 0 and "3 bad lines left out" in result.stdout
@@ -165,6 +182,7 @@ def test_many_classes_of_every_size(tmp_path):
     write_lines(tmp_path, rows)
     result = seqgpt(*TRAIN, "--max_steps", 20, "--class_weights", "balanced", cwd=tmp_path)
     assert result.returncode == 0 and "the 30 lowest of 60" in result.stdout, result.stderr
+    assert "of 60 classes have no sequence to be measured on" in result.stdout and "Warning" not in result.stderr
     assert list(json.loads((tmp_path/"outputs/best_model/config.json").read_text())["id2label"].values()) == sorted(names)
 
 
@@ -213,6 +231,7 @@ def test_starts_from_the_body_the_data_and_the_split_of_the_language_model(class
 def test_contradictions_to_the_model_it_starts_from(classifier, tmp_path):
     tune = lambda *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", tmp_path/"c", "--max_steps", 1, *args, cwd=classifier)
     refused(tune("--n_layer", 3), "n_layer is 3", "has 1", "--n_layer")
+    refused(tune("--n_layer", 6), "n_layer is 6", "has 1") # the default, but named
     refused(tune("--max_length", 12), "max_length is 12", "has 16")
     write_lines(tmp_path/"o", [{"tokens": NOTES, "label": k % 2} for k in range(20)], vocab={**VOCAB, "A4": 9})
     refused(tune("--data_path", tmp_path/"o"), "not the vocabulary of lm/best_model", "'A4'")

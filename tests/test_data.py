@@ -56,7 +56,7 @@ BAD = {
     "not UTF-8": [b'{"text": "C4 \xff"}'],
     "not an object": [b'["C4"]', b'"C4"', b'null'],
     "padding inside a sequence": [b'{"tokens": ["C4", "<pad>", "D4"]}'],
-    "label is not a whole number or a name": [b'{"tokens": ["C4"], "label": [1]}', b'{"tokens": ["C4"], "label": 1.0}', b'{"tokens": ["C4"], "label": true}'],
+    "label is not a whole number or a name": [b'{"tokens": ["C4"], "label": [1]}', b'{"tokens": ["C4"], "label": 1.0}', b'{"tokens": ["C4"], "label": true}', b'{"tokens": ["C4"], "label": "a\\u0000b"}'],
 }
 
 
@@ -76,6 +76,8 @@ def test_required_labels(melodies, encode, tmp_path):
     with pytest.raises(ValueError, match=r"label missing: 2, at line 2, line 5; unknown label: 2, at line 3 \('two'\), line 4 \(-1\)"): encode(path, classes=["0", "1"])
     with pytest.raises(ValueError, match=r"label missing: 2, at line 2, line 5"): encode(path, classes=[])
     assert encode(path).dataset["label"][:] == ["0", None, "two", "-1", None]
+    padded = write_lines(tmp_path/"padded", [{"tokens": ["C4"], "label": " two "}, {"tokens": ["C4"], "label": "  "}, {"tokens": ["C4"], "label": "t\nwo"}])
+    assert encode(padded, skip_bad_lines=True).dataset["label"][:] == ["two", None]
 
 
 @pytest.mark.parametrize("long, said", [("truncate", "tokens cut off"), ("split", "split into"), ("error", "longer than max_length")])
