@@ -1,0 +1,4 @@
+docs:
+	python docs/build.py
+
+.PHONY: docs

@@ -1,0 +1,61 @@
+"How Sphinx makes pages of the notebooks; docs/build.py calls it."
+import os
+import re
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
+import seqgpt
+
+ROOT = Path(__file__).parent.parent
+
+project, author, release = "seqgpt", "The seqgpt developers", seqgpt.__version__
+project_copyright = f"2026, {author}"
+extensions = ["myst_nb", "sphinx.ext.viewcode", "sphinx_copybutton"]
+exclude_patterns = [".build", "**.ipynb_checkpoints"]
+add_module_names = False
+toc_object_entries = False # the pages' own headings are enough
+
+nb_execution_mode = "off" # the notebooks are tested, and store what they showed
+nb_number_source_lines = False
+nb_render_markdown_format = "myst"
+nb_ipywidgets_js = {} # nothing from other hosts
+myst_heading_anchors = 3
+myst_enable_extensions = []
+
+html_theme = "sphinx_book_theme"
+html_title = "seqgpt"
+html_static_path = [str(ROOT/"docs/static")]
+html_css_files = ["site.css"]
+html_favicon = str(ROOT/"docs/static/favicon.svg")
+html_context = {"default_mode": "auto"}
+html_show_sourcelink = html_copy_source = False
+html_theme_options = {"use_download_button": False, "show_toc_level": 2, "home_page_in_toc": True}
+if repository := os.environ.get("GITHUB_REPOSITORY"): # on a code host: a link from each page to its notebook
+    html_theme_options |= {"repository_url": f"{os.environ['GITHUB_SERVER_URL']}/{repository}", "path_to_docs": "nbs", "use_repository_button": True, "use_source_button": True}
+
+
+class LinkNames(SphinxPostTransform):
+    "Makes a link of every symbol of the library in backticks, and of every term of the glossary in italics."
+    default_priority = 5 # before links are resolved
+
+    def run(self):
+        symbols = {}
+        for full in self.env.domains["py"].objects:
+            for short in (full, full.removeprefix("seqgpt."), full.split(".", 2)[-1]): symbols.setdefault(short, full)
+        terms = {term for kind, term in self.env.domains["std"].objects if kind == "term"}
+        for node in [*self.document.findall(nodes.literal), *self.document.findall(nodes.emphasis)]:
+            if isinstance(node.parent, (nodes.reference, nodes.title, pending_xref)): continue
+            text = node.astext()
+            if isinstance(node, nodes.literal): domain, kind, target = "py", "obj", symbols.get(re.sub(r"\(.*\)$", "", text))
+            else: domain, kind, target = "std", "term", next((t for t in (text, text.lower(), text.lower().removesuffix("s")) if t in terms), None)
+            if not target: continue
+            link = pending_xref("", refdomain=domain, reftype=kind, reftarget=target, refexplicit=True, refdoc=self.env.docname, refwarn=True)
+            node.replace_self(link)
+            link += node
+
+
+def setup(app):
+    app.add_post_transform(LinkNames)

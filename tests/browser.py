@@ -1,0 +1,26 @@
+"Debian's Chromium under Playwright, for tests; pages come from this machine only."
+import os
+import shutil
+from contextlib import contextmanager
+
+import pytest
+
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+
+
+@contextmanager
+def browser(**settings):
+    "A page of a new browser; what goes wrong on it is collected in `page.wrong`."
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium and not os.environ.get("CI"): pytest.skip("Chromium is not installed")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        page = running.new_context(**settings).new_page()
+        page.wrong = []
+        page.on("console", lambda m: page.wrong.append(f"{page.url}: {m.text}") if m.type == "error" else None)
+        page.on("pageerror", lambda e: page.wrong.append(f"{page.url}: {e}"))
+        page.on("request", lambda r: page.wrong.append(f"{page.url} asks {r.url}") if not r.url.startswith(("http://127.0.0.1", "http://localhost", "ws://127.0.0.1", "data:", "blob:")) else None)
+        page.on("requestfailed", lambda r: page.wrong.append(f"{page.url}: {r.url} failed"))
+        try: yield page
+        finally: running.close()

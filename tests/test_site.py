@@ -1,0 +1,122 @@
+"The documentation is built without a warning, holds together, and works in a browser."
+import http.server
+import subprocess
+import threading
+from functools import partial
+from urllib.parse import unquote, urldefrag
+
+import pytest
+from browser import browser
+from bs4 import BeautifulSoup
+from conftest import ROOT
+
+SITE = ROOT/"_docs"
+pytestmark = pytest.mark.xdist_group("site") # built once
+
+
+@pytest.fixture(scope="module")
+def pages():
+    "The pages of the site, read: path to soup. Warnings of Sphinx are errors."
+    built = subprocess.run(["make", "docs"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert built.returncode == 0, built.stdout[-1000:] + built.stderr[-4000:]
+    return {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in sorted(SITE.rglob("*.html")) if "_static" not in path.parts}
+
+
+@pytest.fixture(scope="module")
+def address(pages):
+    "Where the site is served."
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=SITE)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def notebooks(): return sorted(str(p.relative_to(ROOT/"nbs").with_suffix(".html")) for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+def test_each_notebook_is_a_page_with_its_outputs(pages):
+    for name in notebooks():
+        page = pages[SITE/name]
+        assert page.find("h1") and page.select_one("article div.cell_output, article div.highlight"), name
+
+
+def test_every_link_leads_somewhere(pages):
+    anchors = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in pages.items()}
+    for path, page in pages.items():
+        for tag, key in [(t, k) for k in ("href", "src") for t in page.find_all(**{k: True})]:
+            url, anchor = urldefrag(tag[key])
+            if url.startswith(("https://", "data:", "mailto:")): continue
+            target = (path.parent/unquote(url.split("?")[0])).resolve() if url else path
+            assert target.is_file(), f"{path}: {tag[key]}"
+            if anchor and target in anchors: assert unquote(anchor) in anchors[target] or not url, f"{path}: {tag[key]}"
+
+
+def test_symbols_in_backticks_are_links(pages):
+    import importlib
+    modules = [importlib.import_module(f"seqgpt.{p.stem}") for p in (ROOT/"seqgpt").glob("[a-z]*.py")]
+    names = {name for module in modules for name in module.__all__ if getattr(getattr(module, name), "__name__", "") == name}
+    linked = set()
+    for name in notebooks():
+        for code in pages[SITE/name].select("article code.literal"):
+            text = code.get_text().split("(")[0]
+            if text in names and not code.find_parent(["h1", "h2", "h3"]):
+                assert code.find_parent("a"), f"{name}: {text}"
+                linked.add(text)
+    assert len(linked) > len(names)/4
+
+
+def test_every_exported_symbol_has_a_table_and_its_source(pages):
+    page = pages[SITE/"00_tokenizer.html"]
+    entry = page.find(id="seqgpt.tokenizer.make_tokenizer")
+    assert "Symbol to id, or the path of a" in entry.find_next("table").get_text()
+    source = entry.find("a", string="[source]")["href"]
+    assert (SITE/source.split("#")[0]).is_file() and "make_tokenizer" in source
+
+
+def test_every_picture_says_what_is_seen(pages):
+    for path, page in pages.items():
+        for picture in page.select("article img"): assert len(picture.get("alt", "").split()) > 2 and not picture["alt"].startswith(("_images", "../_images")), f"{path}: {picture['src']} {picture.get('alt')}"
+
+
+def test_machines_find_the_pages(pages):
+    lines = (SITE/"llms.txt").read_text(encoding="utf-8").splitlines()
+    named = [line.split("](")[1].split(")")[0] for line in lines if line.startswith("- ")]
+    assert {name.removesuffix(".html") for name in notebooks()} == {name.removesuffix(".md") for name in named}
+    for name in named: assert (SITE/name).read_text(encoding="utf-8").startswith("# ")
+
+
+def test_pages_hold_together_in_a_browser(pages, address):
+    broken = "[...document.images].filter(i => !i.complete || i.naturalWidth == 0).map(i => i.src)"
+    wide = "document.documentElement.scrollWidth - innerWidth"
+    with browser(viewport={"width": 1440, "height": 900}) as page:
+        for name in notebooks():
+            for theme in ("light", "dark"):
+                page.emulate_media(color_scheme=theme)
+                page.goto(address + name)
+                assert page.evaluate("document.documentElement.dataset.theme") == theme
+                for width in (360, 1440):
+                    page.set_viewport_size({"width": width, "height": 900})
+                    assert page.evaluate(wide) <= 0, f"{name} is wider than {width} pixels"
+            assert page.evaluate(broken) == [], name
+        assert page.wrong == []
+
+
+def test_search_and_copy_and_theme(pages, address):
+    with browser(viewport={"width": 1440, "height": 900}, permissions=["clipboard-read", "clipboard-write"]) as page:
+        page.goto(address)
+        page.keyboard.press("Control+k")
+        page.keyboard.type("perplexity")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#search-results li a[href*='06_evaluation.html']")
+        page.goto(address + "00_tokenizer.html")
+        cell = page.locator("div.highlight", has_text="vocab = {").first
+        cell.hover()
+        cell.locator("button.copybtn").click()
+        assert page.evaluate("navigator.clipboard.readText()").strip() == cell.locator("pre").inner_text().strip()
+        for _ in range(3): # as the system has it, light, dark
+            page.locator("button.theme-switch-button:visible").first.click()
+            if page.evaluate("document.documentElement.dataset.theme") == "dark": break
+        page.locator("a.right-next").click()
+        assert page.url.endswith("01_data.html") and page.evaluate("document.documentElement.dataset.theme") == "dark"
+        assert page.wrong == []
