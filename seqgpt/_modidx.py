@@ -91,6 +91,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'seqgpt.data.Problems.add': ('data.html#problems.add', 'seqgpt/data.py'),
                              'seqgpt.data.Split': ('data.html#split', 'seqgpt/data.py'),
                              'seqgpt.data.Split.__str__': ('data.html#split.__str__', 'seqgpt/data.py'),
+                             'seqgpt.data.cell_colours': ('data.html#cell_colours', 'seqgpt/data.py'),
                              'seqgpt.data.class_names': ('data.html#class_names', 'seqgpt/data.py'),
                              'seqgpt.data.collate': ('data.html#collate', 'seqgpt/data.py'),
                              'seqgpt.data.corpus_files': ('data.html#corpus_files', 'seqgpt/data.py'),
