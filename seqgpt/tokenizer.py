@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'InputError', 'symbol_problem', 'check_vocab', 'read_vocab', 'find_specials', 'added_token',
-           'unknown_to_unk', 'make_tokenizer', 'framing', 'save_tokenizer', 'load_tokenizer']
+           'unknown_to_unk', 'make_tokenizer', 'html_table', 'framing', 'save_tokenizer', 'load_tokenizer']
 
-# %% ../nbs/00_tokenizer.ipynb #ef4379f3
+# %% ../nbs/00_tokenizer.ipynb #7106810e
 import json
 import re
 import unicodedata
 from collections import Counter
+from html import escape
 from pathlib import Path
 
+from fastcore.basics import patch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 # %% ../nbs/00_tokenizer.ipynb #7703c426
 class InputError(ValueError):
@@ -115,6 +117,40 @@ def make_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_tokens([added_token(s, s in specials.values()) for s in vocab])
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials)
+
+# %% ../nbs/00_tokenizer.ipynb #cb602d6d
+def html_table(
+    rows: dict[str, list], # Name of a row to its cells
+) -> str: # A `<table>`; of more than 16 cells in a row the middle is left out
+    "Rows of cells as HTML, each behind its name."
+    short = lambda cells: cells if len(cells) <= 16 else [*cells[:12], "…", *cells[-3:]]
+    row = lambda name, cells: f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(str(c))}</td>' for c in short(cells))}</tr>"
+    return f'<table class="dataframe">{"".join(row(name, cells) for name, cells in rows.items())}</table>'
+
+# %% ../nbs/00_tokenizer.ipynb #13b992aa
+@patch
+def _repr_html_(self: PreTrainedTokenizerFast) -> str:
+    "The number of symbols, the special tokens and the first of the others, for Jupyter."
+    special = {role.removesuffix("_token"): s for role, s in self.special_tokens_map.items() if isinstance(s, str)}
+    special = dict(sorted(special.items(), key=lambda p: self.convert_tokens_to_ids(p[1])))
+    others = [s for s in self.convert_ids_to_tokens(range(min(len(self), 16))) if s is not None and s not in special.values()][:8]
+    symbols = [*special.values(), *others]
+    more = ["…"] * (len({*symbols}) < len(self))
+    table = html_table({"": [*special, *[""]*len(others + more)], "symbol": symbols + more, "id": self.convert_tokens_to_ids(symbols) + more})
+    return f"<p>A tokenizer with {len(self):,} symbols</p>{table}"
+
+# %% ../nbs/00_tokenizer.ipynb #f6d1204b
+@patch
+def _repr_html_(self: BatchEncoding) -> str | None: # None, and so the plain text, where the symbols are not known or the ids are no lists
+    "The symbols of each sequence over its ids, for Jupyter; of more than 8 sequences the first."
+    ids, encodings = self.data.get("input_ids"), self.encodings or []
+    if not encodings or not isinstance(ids, list): return None
+    batched = len(ids) > 0 and isinstance(ids[0], list)
+    tables = []
+    for k, e in enumerate(encodings[:8]):
+        rows = {name: values[k] if batched else values for name, values in self.data.items()}
+        tables.append(html_table({"symbol": [t.strip() or t for t in e.tokens]} | {name: r for name, r in rows.items() if isinstance(r, list) and len(r) == len(e)}))
+    return "".join(tables) + (f"<p>… {len(encodings) - 8:,} more</p>" if len(encodings) > 8 else "")
 
 # %% ../nbs/00_tokenizer.ipynb #d6d49e14
 def framing(

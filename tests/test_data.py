@@ -2,9 +2,12 @@
 import gzip
 import json
 
+import matplotlib.pyplot as plt
 import pytest
+import torch
 from conftest import TINY, VOCAB, refused, seqgpt, write_lines
-from seqgpt.data import read_corpus
+from matplotlib.colors import to_hex
+from seqgpt.data import CELL_COLOURS, collate, plot_batch, read_corpus
 from seqgpt.tokenizer import make_tokenizer
 
 FORMS = {
@@ -110,3 +113,37 @@ def test_broken_vocabularies(content, words, tmp_path):
 def test_shared_specials_are_refused(tmp_path):
     path = write_lines(tmp_path, [{"tokens": ["C4"]}])
     refused(seqgpt("train", "--data_path", path, "--pad_token", "<eos>", cwd=tmp_path), "four different symbols")
+
+
+@pytest.fixture
+def drawn():
+    "What `plot_batch` draws: names of the rows, texts and colours of their cells, and the arrows (from where, to where)."
+    def look(batch):
+        ax = plot_batch(batch, make_tokenizer(VOCAB)).axes[0]
+        arrows, texts = [t for t in ax.texts if not t.get_text()], [t.get_text() for t in ax.texts if t.get_text()]
+        return [t.get_text() for t in ax.get_yticklabels()], texts, [[to_hex(c) for c in row.get_array()[0]] for row in ax.collections], [(a.xyann, a.xy) for a in arrows]
+    yield look
+    plt.close("all")
+
+
+def test_picture_of_a_batch(drawn):
+    batch = collate([{"input_ids": [1, 4, 5, 6, 2]}, {"input_ids": [1, 4, 6, 8, 6, 4, 2]}], 0)
+    rows, texts, colours, arrows = drawn(batch)
+    assert rows == ["input_ids", "labels", "attention_mask"]*2
+    assert texts[:21] == ["<bos>", "C4", "D4", "E4", "<eos>", "<pad>", "<pad>", "<bos>", "C4", "D4", "E4", "<eos>", "-100", "-100", *"1111100"]
+    for k, row in enumerate(colours): assert [c == CELL_COLOURS["pad_token"] for c in row] == (batch["attention_mask"][k//3] == 0).tolist(), k
+    assert colours[0][0] == colours[1][0] == CELL_COLOURS["bos_token"] and colours[3][6] == colours[4][6] == CELL_COLOURS["eos_token"]
+    assert len({*colours[0][:5]}) == 5 and colours[0][1] == colours[1][1] # a colour for each symbol
+    middle = lambda t: t + 0.5
+    assert [(x0, x1) for (x0, _), (x1, _) in arrows] == [(middle(t), middle(t + 1)) for n in (5, 7) for t in range(n - 1)]
+    assert all(y1 > y0 for (_, y0), (_, y1) in arrows) # from the inputs down to the labels
+
+
+def test_picture_of_other_batches(drawn):
+    whole, classes = [{"input_ids": [1, 4, 2], "label": "x"}], {"w": 0, "x": 1}
+    assert drawn(collate(whole, 0))[0] == ["input_ids", "labels"] # nothing is padded
+    rows, texts, _, arrows = drawn(collate([*whole, {"input_ids": [1, 2], "label": "w"}], 0, classes))
+    assert rows == ["input_ids (label 1)", "attention_mask", "input_ids (label 0)", "attention_mask"] and not arrows
+    long = torch.full((2, 300), 4)
+    rows, texts, colours, arrows = drawn({"input_ids": long, "labels": long})
+    assert len(rows) == 4 and len(colours[0]) == 300 and not texts and not arrows # no room
