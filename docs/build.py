@@ -9,6 +9,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from textwrap import dedent
 
+import nbformat
 from fastcore.docments import docments
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from nbconvert import MarkdownExporter
@@ -79,12 +80,16 @@ def reading_order(pages: Path) -> list[str]:
     return order
 
 
-def contents(pages: Path) -> str:
-    "The table of contents, to stand behind the front page: the library, the tutorials, and what is not part of the walk."
+def parts(pages: Path) -> dict[str, list[str]]:
+    "The parts of the book and their pages."
     order = reading_order(pages)
-    rest = sorted(str(p.relative_to(pages)) for p in pages.rglob("*.ipynb") if p.name != "index.ipynb" and str(p.relative_to(pages)) not in order)
-    parts = {"The library, step by step": [p for p in order if "/" not in p], "Tutorials": [p for p in order if "/" in p], "More": rest}
-    return "\n\n".join("\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", *names, "```"]) for caption, names in parts.items() if names)
+    rest = [name for p in sorted(pages.rglob("*.ipynb")) if (name := str(p.relative_to(pages))) not in order and name != "index.ipynb"]
+    return {"The library, step by step": [p for p in order if "/" not in p], "Tutorials": [p for p in order if "/" in p], "More": rest}
+
+
+def contents(caption: str, names: list[str]) -> str:
+    "A part of the table of contents, which stands behind the front page."
+    return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", *names, "```"])
 
 
 def glossary(page: Path):
@@ -96,29 +101,40 @@ def glossary(page: Path):
     write_nb(nb, page)
 
 
-def for_machines(pages: Path, out: Path):
+def as_text(page: Path) -> str:
+    "A prepared page as Markdown; of a picture, what is seen."
+    nb = nbformat.read(page, 4)
+    nb.metadata["language_info"] = {"name": "python"}
+    for cell in nb.cells:
+        for output in cell.get("outputs", []):
+            seen = cell.metadata.get("mystnb", {}).get("image", {}).get("alt")
+            if "data" in output: output.data = {"text/plain": f"[{seen}]" if "image/png" in output.data else output.data.get("text/plain", "")}
+    return re.sub(r"\]\(([\w./-]+)\.ipynb\)", r"](\1.md)", MarkdownExporter().from_notebook_node(nb)[0])
+
+
+def for_machines(pages: Path, names: list[str], out: Path):
     "`llms.txt`, and each page as Markdown beside its HTML (llmstxt.org)."
     lines = []
-    for name in ["index.ipynb", *reading_order(pages)]:
-        text, _ = MarkdownExporter().from_filename(ROOT/"nbs"/name)
-        (out/name).with_suffix(".md").write_text(re.sub(r"\]\(([\w./-]+)\.ipynb\)", r"](\1.md)", text), encoding="utf-8")
+    for name in names:
+        text = as_text(pages/name)
+        (out/name).with_suffix(".md").write_text(text, encoding="utf-8")
         title, about = (re.search(pattern, text, re.M)[1] for pattern in (r"^# (.+)", r"^> (.+)"))
         lines.append(f"- [{title}]({name.removesuffix('ipynb')}md): {about}")
-    (out/"llms.txt").write_text("# seqgpt\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    (out/"llms.txt").write_text("\n".join(["# seqgpt", "", *lines, ""]), encoding="utf-8")
 
 
 def build(out: Path = ROOT/"_docs") -> int:
     "Builds the site into `out`; the exit code of Sphinx, which takes warnings for errors."
     pages = Path(proc_nbs(str(ROOT/"nbs"), n_workers=0, force=True)).resolve()
+    book, made = parts(pages), pages/".build/html"
     for page in pages.rglob("*.ipynb"): prepare(page)
     if (pages/"glossary.ipynb").exists(): glossary(pages/"glossary.ipynb")
     front = read_nb(pages/"index.ipynb")
-    front.cells.append(mk_cell(contents(pages), "markdown"))
-    write_nb(front, pages/"index.ipynb")
-    made = pages/".build/html"
+    write_nb(front | {"cells": [*front.cells, *(mk_cell(contents(*part), "markdown") for part in book.items() if part[1])]}, pages/"index.ipynb")
     code = build_main(["-W", "--keep-going", "-q", "-j", "auto", "-c", str(ROOT/"docs"), "-d", str(pages/".build/doctrees"), str(pages), str(made)])
     if code: return code
-    for_machines(pages, made)
+    write_nb(front, pages/"index.ipynb")
+    for_machines(pages, ["index.ipynb", *sum(book.values(), [])], made)
     shutil.rmtree(out, ignore_errors=True)
     made.rename(out)
     return 0

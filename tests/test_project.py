@@ -42,7 +42,7 @@ def test_notebook_is_clean_and_has_outputs(notebook):
     for cell in code:
         assert cell["execution_count"] is None, "run nbdev-clean"
         assert not any("it/s" in str(o) or o["output_type"] == "error" for o in cell["outputs"]), "run TQDM_DISABLE=1 nbdev-test --save"
-    shown = [c for c in code if "".join(c["source"]).endswith(";") and not "".join(c["source"]).startswith("#|")]
+    shown = [c for c in code if "".join(c["source"]).endswith(";") and not "".join(c["source"]).startswith(("#| hide", "#| export"))]
     assert any(c["outputs"] for c in code) and all(c["outputs"] for c in shown), "run nbdev-test --save"
     assert notebook.stat().st_size < 600_000
 
