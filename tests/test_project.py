@@ -1,11 +1,12 @@
 "Notebooks run, and everything made from them is in step with them."
 import json
+import re
 import shutil
 import subprocess
 
 import pytest
 from conftest import ROOT
-from readme import readme
+from readme import PAGES, cells, readme
 
 NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
 
@@ -29,8 +30,21 @@ def test_ci_runs_the_command_of_the_readme():
     assert (ROOT/".ci/run").read_text().strip().splitlines()[-1] in (ROOT/"README.md").read_text(encoding="utf-8")
 
 
-def test_readme_is_rendered_from_the_index():
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == readme(), "run python tests/readme.py"
+@pytest.mark.parametrize("name", PAGES)
+def test_readme_is_rendered_from_its_notebook(name):
+    assert (ROOT/name).read_text(encoding="utf-8") == readme(PAGES[name]), "run python tests/readme.py"
+
+
+def test_front_pages_say_the_same_in_both_languages():
+    english, chinese = (cells(page) for page in PAGES.values())
+    assert [kind for kind, *_ in english] == [kind for kind, *_ in chinese]
+    for (kind, here, _), (_, there, _) in zip(english, chinese):
+        if kind == "code": assert here == there
+        blocks = r"```.*?```"
+        assert re.findall(blocks, here, re.S) == re.findall(blocks, there, re.S)
+        here, there = (re.sub(blocks, "", text, flags=re.S).replace("index.zh-CN.ipynb", "index.ipynb") for text in (here, there))
+        for what, pattern in {"headings": r"^#+ ", "links and pictures": r"\]\((.+?)\)", "code": r"`.+?`", "numbers": r"\d+\.\d+|\d+(?= %)"}.items(): # words stand in another order
+            assert sorted(re.findall(pattern, here, re.M)) == sorted(re.findall(pattern, there, re.M)), f"{what}: {here[:80]}"
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
