@@ -5,8 +5,11 @@ import shutil
 import subprocess
 
 import pytest
+import yaml
 from conftest import ROOT
 from readme import PAGES, cells, readme
+
+import seqgpt
 
 NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
 
@@ -59,6 +62,13 @@ def test_notebook_is_clean_and_has_outputs(notebook):
     shown = [c for c in code if "".join(c["source"]).endswith(";") and not "".join(c["source"]).startswith("#|")]
     assert any(c["outputs"] for c in code) and all(c["outputs"] for c in shown), "run nbdev-test --save"
     assert notebook.stat().st_size < 600_000
+
+
+def test_citation_and_licence_are_those_of_the_package():
+    cited, package = yaml.safe_load((ROOT/"CITATION.cff").read_text(encoding="utf-8")), (ROOT/"settings.ini").read_text()
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys() and cited["cff-version"] == "1.2.0"
+    assert cited["version"] == seqgpt.__version__ and f"license = {cited['license']}" in package
+    assert "Apache License\n" in (ROOT/"LICENSE").read_text() and f"author = {cited['authors'][0]['name']}" in package
 
 
 def test_results_on_the_front_page_are_the_stored_ones():
