@@ -44,6 +44,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'seqgpt.cli.interact': ('cli.html#interact', 'seqgpt/cli.py'),
                             'seqgpt.cli.literal': ('cli.html#literal', 'seqgpt/cli.py'),
                             'seqgpt.cli.main': ('cli.html#main', 'seqgpt/cli.py'),
+                            'seqgpt.cli.measures': ('cli.html#measures', 'seqgpt/cli.py'),
                             'seqgpt.cli.parser_for': ('cli.html#parser_for', 'seqgpt/cli.py'),
                             'seqgpt.cli.plain_message': ('cli.html#plain_message', 'seqgpt/cli.py'),
                             'seqgpt.cli.preset': ('cli.html#preset', 'seqgpt/cli.py'),

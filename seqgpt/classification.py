@@ -252,7 +252,7 @@ def told_log_likelihoods(
     rows = [{"input_ids": [ids[0], c, *ids[1:]]} for c in tokenizer.convert_tokens_to_ids(symbols)]
     return -token_scores(model, collate(rows, tokenizer.pad_token_id))[0].cumsum(1)
 
-# %% ../nbs/07_classification.ipynb #2348f7ee
+# %% ../nbs/07_classification.ipynb #80b2f465
 def opinions(
     model, # A classifier, in evaluation mode
     ids: list[int], # A sequence, `<bos>` first
@@ -270,5 +270,5 @@ def plot_opinions(
         ax.stackplot(range(len(p)), p.T, labels=classes, colors=sns.color_palette("tab10" if len(classes) <= 10 else "husl", len(classes)))
         ax.set(title=name, ylim=(0, 1), xlim=(0, len(p) - 1), ylabel="probability")
     axes[-1, 0].set_xlabel("tokens seen")
-    if len(classes) <= 20: axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    if len(classes) <= 20: fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8, reverse=True) # in the order of the stack
     return fig

@@ -1,11 +1,15 @@
 "Notebooks run, and everything made from them is in step with them."
 import json
+import re
 import shutil
 import subprocess
 
 import pytest
+import yaml
 from conftest import ROOT
-from readme import readme
+from readme import PAGES, cells, readme
+
+import seqgpt
 
 NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
 
@@ -29,8 +33,21 @@ def test_ci_runs_the_command_of_the_readme():
     assert (ROOT/".ci/run").read_text().strip().splitlines()[-1] in (ROOT/"README.md").read_text(encoding="utf-8")
 
 
-def test_readme_is_rendered_from_the_index():
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == readme(), "run python tests/readme.py"
+@pytest.mark.parametrize("name", PAGES)
+def test_readme_is_rendered_from_its_notebook(name):
+    assert (ROOT/name).read_text(encoding="utf-8") == readme(PAGES[name]), "run python tests/readme.py"
+
+
+def test_front_pages_say_the_same_in_both_languages():
+    english, chinese = (cells(page) for page in PAGES.values())
+    assert [kind for kind, *_ in english] == [kind for kind, *_ in chinese]
+    for (kind, here, _), (_, there, _) in zip(english, chinese):
+        if kind == "code": assert here == there
+        blocks = r"```.*?```"
+        assert re.findall(blocks, here, re.S) == re.findall(blocks, there, re.S)
+        here, there = (re.sub(blocks, "", text, flags=re.S).replace("index.zh-CN.ipynb", "index.ipynb") for text in (here, there))
+        for what, pattern in {"headings": r"^#+ ", "links and pictures": r"\]\((.+?)\)", "code": r"`.+?`", "numbers": r"\d+\.\d+|\d+(?= %)"}.items(): # words stand in another order
+            assert sorted(re.findall(pattern, here, re.M)) == sorted(re.findall(pattern, there, re.M)), f"{what}: {here[:80]}"
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
@@ -45,6 +62,13 @@ def test_notebook_is_clean_and_has_outputs(notebook):
     shown = [c for c in code if "".join(c["source"]).endswith(";") and not "".join(c["source"]).startswith(("#| hide", "#| export"))]
     assert any(c["outputs"] for c in code) and all(c["outputs"] for c in shown), "run nbdev-test --save"
     assert notebook.stat().st_size < 600_000
+
+
+def test_citation_and_licence_are_those_of_the_package():
+    cited, package = yaml.safe_load((ROOT/"CITATION.cff").read_text(encoding="utf-8")), (ROOT/"settings.ini").read_text()
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys() and cited["cff-version"] == "1.2.0"
+    assert cited["version"] == seqgpt.__version__ and f"license = {cited['license']}" in package
+    assert "Apache License\n" in (ROOT/"LICENSE").read_text() and f"author = {cited['authors'][0]['name']}" in package
 
 
 def test_results_on_the_front_page_are_the_stored_ones():
