@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision', 'token_sums', 'token_metrics', 'ExactMetrics',
-           'class_loss', 'balanced_weights', 'class_guesses', 'class_metrics', 'StopOnSignal', 'Interrupted',
-           'Diverged', 'StopWhenNotFinite', 'write_config', 'read_config', 'model_card', 'save_model', 'Bar',
-           'recent_loss', 'KeepBest', 'validation_metrics', 'start_from', 'load_vocab', 'load_data',
-           'training_arguments', 'find_checkpoint', 'resume_command', 'begin_run', 'say_what_was_seen', 'Run',
-           'plot_curves', 'task_parts', 'train']
+           'class_loss', 'balanced_weights', 'class_guesses', 'macro_f1', 'class_metrics', 'StopOnSignal',
+           'Interrupted', 'Diverged', 'StopWhenNotFinite', 'write_config', 'read_config', 'model_card', 'save_model',
+           'Bar', 'recent_loss', 'KeepBest', 'validation_metrics', 'start_from', 'load_vocab', 'load_data',
+           'training_arguments', 'find_checkpoint', 'resume_command', 'begin_run', 'say_what_is_lacking',
+           'say_what_was_seen', 'html_table', 'Run', 'plot_curves', 'task_parts', 'train']
 
-# %% ../nbs/04_training.ipynb #6bc9f774
+# %% ../nbs/04_training.ipynb #1b9b7aff
 import json
 import math
 import os
@@ -22,6 +22,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -183,7 +184,7 @@ def balanced_weights(
     counts = torch.bincount(torch.tensor(labels), minlength=n_classes)
     return len(labels) / (n_classes * counts.clamp(min=1))
 
-# %% ../nbs/04_training.ipynb #df26b935
+# %% ../nbs/04_training.ipynb #6468aa64
 def class_guesses(
     logits: torch.Tensor, # (batch, classes)
     labels: torch.Tensor, # (batch,)
@@ -193,6 +194,14 @@ def class_guesses(
 
 warnings.filterwarnings("ignore", "The number of unique classes") # scikit-learn takes many classes for a regression
 
+def macro_f1(
+    truth: np.ndarray, # Numbers of classes
+    guess: np.ndarray, # Likewise
+    classes: np.ndarray | None = None, # To average over; default: those that occur in either
+) -> float:
+    "The mean of F1 over classes."
+    return float(f1_score(truth, guess, labels=classes, average="macro", zero_division=0))
+
 def class_metrics(
     rows: np.ndarray, # (sequences, 3), from `class_guesses`
     weights: torch.Tensor | None = None, # (classes,), as in `class_loss`
@@ -200,7 +209,7 @@ def class_metrics(
     "Loss, accuracy and macro F1."
     nats, guess, truth = rows[:, 0], rows[:, 1].astype(int), rows[:, 2].astype(int)
     share = None if weights is None else weights.numpy()[truth]
-    return {"loss": float(np.average(nats, weights=share)), "accuracy": float((guess == truth).mean()), "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0))}
+    return {"loss": float(np.average(nats, weights=share)), "accuracy": float((guess == truth).mean()), "macro_f1": macro_f1(truth, guess)}
 
 # %% ../nbs/04_training.ipynb #ae1b56e8
 class StopOnSignal(TrainerCallback):
@@ -479,7 +488,7 @@ def resume_command(
     "How to go on with a run."
     return f"seqgpt train --config {shlex.quote(str(output_dir/'config.yaml'))} --resume"
 
-# %% ../nbs/04_training.ipynb #a3ac7d7d
+# %% ../nbs/04_training.ipynb #e2ab833b
 def begin_run(
     config: Config,
     corpus: Corpus,
@@ -488,6 +497,7 @@ def begin_run(
     "Says what the data is, clears away the earlier run where that was asked for, and writes `config.yaml` and `split.json`."
     out = Path(config.output_dir)
     tqdm.write(f"{corpus}\n{split}")
+    if config.task == "classification": say_what_is_lacking(split)
     if config.init_from: say_what_was_seen(config, split)
     if config.overwrite:
         for name in ("best_model", "final_model", "checkpoints", "runs"): shutil.rmtree(out/name, ignore_errors=True)
@@ -496,6 +506,16 @@ def begin_run(
     write_config(config, out/"config.yaml")
     indices = {"train": split.train_index.tolist(), "validation": split.validation_index.tolist()}
     (out/"split.json").write_text(json.dumps({"fingerprint": corpus.report["fingerprint"], **indices}))
+
+# %% ../nbs/04_training.ipynb #274099e2
+def say_what_is_lacking(
+    split: Split, # With a label for each sequence
+):
+    "Says which classes have no sequence on one side of the split."
+    there = {"learn from": set(split.train.unique("label")), "be measured on": set(split.validation.unique("label"))}
+    classes = class_names(set.union(*there.values()))
+    for purpose, labels in there.items():
+        if lacking := [c for c in classes if c not in labels]: tqdm.write(f"{len(lacking)} of {len(classes)} classes have no sequence to {purpose}: {', '.join(lacking[:5])}{' and more' if len(lacking) > 5 else ''}.")
 
 # %% ../nbs/04_training.ipynb #5ef58506
 def say_what_was_seen(
@@ -509,7 +529,18 @@ def say_what_was_seen(
     except InputError: return tqdm.write(f"What {config.init_from} was trained on is gone: whether the sequences to validate on were among it cannot be told.")
     if seen > split.shared: tqdm.write(f"{config.init_from} was trained on {seen:,} of the sequences to validate on, so they flatter. The --seed of that training, {before.seed}, gives its split.")
 
-# %% ../nbs/04_training.ipynb #95253c62
+# %% ../nbs/04_training.ipynb #8cde917c
+def html_table(
+    columns: list[str], # Names; the cells beneath are texts too
+    rows: list[list[str]],
+    bold: int | None = None, # Number of a row
+) -> str:
+    "A table for Jupyter."
+    row = lambda cells, tag, start="", end="": "<tr>" + "".join(f"<{tag}>{start}{escape(c)}{end}</{tag}>" for c in cells) + "</tr>"
+    body = "".join(row(r, "td", "<b>", "</b>") if k == bold else row(r, "td") for k, r in enumerate(rows))
+    return f"<table><thead>{row(columns, 'th')}</thead><tbody>{body}</tbody></table>"
+
+# %% ../nbs/04_training.ipynb #100829aa
 @dataclass
 class Run:
     "What a training run leaves behind."
@@ -519,20 +550,37 @@ class Run:
 
     def __repr__(self): return f"{self.output_dir}/best_model: " + ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
 
-# %% ../nbs/04_training.ipynb #f9b2908c
+    def _repr_html_(self):
+        found = {k: validation_metrics(self.history[:k + 1]) for k, log in enumerate(self.history) if "eval_loss" in log}
+        losses = [self.history[k]["eval_loss"] for k in found]
+        level = next(iter(self.metrics)) # perplexity or loss
+        names = {"epoch": ".2f", "step": "", f"train_{level}": ".4g", level: ".4g", "accuracy": ".2%", "macro_f1": ".2%"}
+        names = {name: form for name, form in names.items() if name in self.metrics}
+        columns = [{f"train_{level}": f"training {level}", level: f"validation {level}", "macro_f1": "macro F1"}.get(name, name) for name in names]
+        rows = [[format(m.get(name, math.nan), form) for name, form in names.items()] for m in found.values()]
+        return html_table(columns, rows, losses.index(min(losses)) if losses else None) + f"<p>{escape(repr(self))}</p>"
+
+# %% ../nbs/04_training.ipynb #95ca6659
 def plot_curves(
     history: list[dict], # Of a `Run`
+    lines: dict[str, float] = {}, # Name to perplexity (loss, for a classifier) of what the model is held against
 ):
     "Draws perplexity or loss, accuracy, and learning rate over the epochs; returns the figure."
     level, show, low = ("perplexity", perplexity, 1) if any("eval_perplexity" in log for log in history) else ("loss", float, 0)
     pick = lambda key: ([log["epoch"] for log in history if key in log], [log[key] for log in history if key in log])
-    with sns.axes_style("whitegrid"): fig, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    with sns.axes_style("whitegrid"): fig, axes = plt.subplots(1, 3, figsize=(12.5 if lines else 11, 3), layout="constrained")
     epoch, loss = pick("loss")
     axes[0].plot(epoch, list(map(show, loss)), color="tab:blue", alpha=0.5, lw=1, label="training")
     axes[0].plot(*pick(f"eval_{level}"), color="tab:orange", marker="o", ms=4, label="validation")
     highest = max(pick(f"eval_{level}")[1], default=math.inf)
     axes[0].set(title=level, ylim=(low, low + 2*(highest - low)) if math.isfinite(highest) else None)
     axes[0].legend()
+    (bottom, top), at = axes[0].get_ylim(), -math.inf
+    for value, name in sorted((value, name) for name, value in lines.items()):
+        if value > top: continue
+        axes[0].axhline(value, color="tab:green", ls="--", lw=1)
+        at = max(value, at + 0.06*(top - bottom)) # names of lines close together are kept apart
+        axes[0].annotate(f"{name} {value:.4g}", (1.02, at), xycoords=("axes fraction", "data"), color="tab:green", fontsize=8, va="center")
     axes[1].plot(*pick("eval_accuracy"), color="tab:orange", marker="o", ms=4)
     axes[1].set(title="next-token accuracy (validation)" if level == "perplexity" else "accuracy (validation)")
     axes[2].plot(*pick("learning_rate"), color="tab:green")
@@ -540,7 +588,7 @@ def plot_curves(
     for ax in axes: ax.set_xlabel("epoch")
     return fig
 
-# %% ../nbs/04_training.ipynb #a78e75f6
+# %% ../nbs/04_training.ipynb #ab75c979
 def task_parts(
     config: Config,
     split: Split,
@@ -552,8 +600,6 @@ def task_parts(
         return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id), compute_metrics=ExactMetrics(token_metrics), preprocess_logits_for_metrics=token_sums), configure()
     framing(tokenizer)
     classes = class_names(split.train.unique("label") + split.validation.unique("label"))
-    for name, part in {"learn from": split.train, "be measured on": split.validation}.items():
-        if lacking := [c for c in classes if c not in set(part.unique("label"))]: tqdm.write(f"{len(lacking)} of {len(classes)} classes have no sequence to {name}: {', '.join(lacking[:5])}{' and more' if len(lacking) > 5 else ''}.")
     if len(classes) < 2: raise InputError(f"{config.data_path}: all labels are {classes[0]!r}, so there is nothing to tell apart.")
     model_config = configure(classes=classes)
     weights = None
