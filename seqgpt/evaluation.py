@@ -10,12 +10,13 @@ __all__ = ['perplexity_of', 'accuracy_of', 'BINS', 'short_name', 'token_scores',
            'plot_distances', 'plot_drawn', 'plot_evaluation', 'training_split', 'evaluate_folder', 'evaluation_data',
            'write_evaluation']
 
-# %% ../nbs/06_evaluation.ipynb #a93f9b76
+# %% ../nbs/06_evaluation.ipynb #ace2e250
 import json
 import math
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -35,7 +36,7 @@ from .data import Split, class_names, collate, given_split, read_corpus, unframe
 from .inference import generate
 from .model import load_model
 from .tokenizer import InputError, load_tokenizer
-from .training import load_data, read_config
+from .training import html_table, load_data, read_config
 
 # %% ../nbs/06_evaluation.ipynb #105e2b0c
 def token_scores(
@@ -99,9 +100,9 @@ def interval(
                       n_resamples=1000, batch=100, method="percentile", rng=rng)
     return tuple(map(float, found.confidence_interval))
 
-# %% ../nbs/06_evaluation.ipynb #65c60274
+# %% ../nbs/06_evaluation.ipynb #ecd9693f
 class Ngram:
-    "Counts of symbols behind their last `order - 1` symbols, interpolated down to uniform after Witten and Bell."
+    "Counts of symbols behind their last `order - 1` symbols, mixed with those of fewer symbols, down to uniform, after Witten and Bell."
     def __init__(self,
         order: int, # 1: unigram, 2: bigram, 3: trigram
         vocab_size: int,
@@ -247,7 +248,7 @@ def compare_endings(
     scores = [rouge.score(target=r, prediction=l) for l, r in zip(left, right)]
     return {"bleu": corpus_bleu(left, [right], tokenize="none", force=True).score} | {name: float(np.mean([s[name].fmeasure for s in scores])) for name in scores[0]}
 
-# %% ../nbs/06_evaluation.ipynb #5a1503b5
+# %% ../nbs/06_evaluation.ipynb #aedc8957
 @dataclass
 class Drawn:
     "What sequences drawn by a model are like (first of each pair), and held-out real ones (second)."
@@ -264,14 +265,21 @@ class Drawn:
         for side, d in zip(sides, self.distances): found |= {f"{side}nearest_training_distance": float(np.median(d)), f"{side}copies": float(np.mean(d == 0))}
         return found | self.endings[0] | {f"other_endings_{name}": value for name, value in self.endings[1].items()}
 
-    def __str__(self):
+    def rows(self) -> list[tuple[str, str, str]]:
+        "What there is to say, about the drawn ones and the real ones."
         rows = []
         if self.invalid: rows += [(f"{name} with {self.rule}", f"{drawn:.1%}", f"{real:.1%}") for name, drawn, real in zip(("sequences", "symbols"), *self.invalid)]
         if self.distances:
             rows += [("distance to the nearest training sequence, median", *(f"{np.median(d):.3f}" for d in self.distances)), ("sequences that stand in the training set", *(f"{np.mean(d == 0):.1%}" for d in self.distances))]
         rows += [(f"{name} of continuations; of other endings", *(f"{e[key]:.3g}" if e else "-" for e in self.endings)) for name, key in (("BLEU", "bleu"), ("ROUGE-L", "rougeL"))]
-        return "\n".join([f"{f'{self.number} drawn sequences, as the distribution stands':60} {'drawn':>8} {'real':>8}"] + [f"{name:60} {drawn:>8} {real:>8}" for name, drawn, real in rows])
+        return [(f"{self.number} drawn sequences, as the distribution stands", "drawn", "real"), *rows]
+
+    def __str__(self): return "\n".join(f"{name:60} {drawn:>8} {real:>8}" for name, drawn, real in self.rows())
     __repr__ = __str__
+
+    def _repr_html_(self):
+        head, *rows = self.rows()
+        return html_table(head, rows)
 
 # %% ../nbs/06_evaluation.ipynb #c64be946
 def evaluate_samples(
@@ -298,7 +306,7 @@ def evaluate_samples(
     return Drawn(number, rule, () if pairs is None else tuple(share_invalid(s, pairs) for s in (drawn, real)), () if train is None else tuple(nearest_distances(s, train) for s in (drawn, real)),
                  (compare_endings([s.tokens[s.given:] for s in continued], endings), compare_endings(endings[1:] + endings[:1], endings) if number > 1 else {}))
 
-# %% ../nbs/06_evaluation.ipynb #11268985
+# %% ../nbs/06_evaluation.ipynb #f269aa09
 @dataclass
 class Evaluation:
     "How good a model is on a set of sequences."
@@ -340,24 +348,36 @@ class Evaluation:
         rows = {**self.baselines, "this model": rates(self.scores.total), **{f"best, {name}": rates(scores.total) for name, scores in self.floors.items()}}
         return [(name, r["perplexity"], r["accuracy"]) for name, r in rows.items()]
 
-    def __str__(self):
-        m = self.metrics
-        lines = [f"{'':20} {'perplexity':>12} {'accuracy':>9}"]
+    def rows(self) -> list[tuple[str, str, str]]:
+        "The table in words, with the intervals of the model beneath it."
+        m, rows = self.metrics, [("", "perplexity", "accuracy")]
         for name, ppl, acc in self.table():
-            lines.append(f"{name:20} {ppl:12.4g} {acc:9.2%}")
+            rows.append((name, f"{ppl:.4g}", f"{acc:.2%}"))
             if name != "this model": continue
             (low, high), (worst, best) = self.intervals["perplexity"], self.intervals["accuracy"]
-            if low == low: lines.append(f"{'  95 % interval':20} {f'{low:.4g}-{high:.4g}':>12} {f'{100*worst:.1f}-{100*best:.1f}%':>9}")
-            if "tokens_without_eos" in m: lines.append(f"{'  no <eos>':20} {m['perplexity_without_eos']:12.4g} {m['accuracy_without_eos']:9.2%}")
+            if low == low: rows.append(("  95 % interval", f"{low:.4g}-{high:.4g}", f"{100*worst:.1f}-{100*best:.1f}%"))
+            if "tokens_without_eos" in m: rows.append(("  no <eos>", f"{m['perplexity_without_eos']:.4g}", f"{m['accuracy_without_eos']:.2%}"))
+        return rows
+
+    def notes(self) -> list[str]:
+        "What else there is to say, a line each."
+        m, lines = self.metrics, []
         if self.floors:
             (low, high), (less, more) = self.intervals["perplexity_over_floor"], self.intervals["accuracy_below_best"]
             over, below = (f" (95 %: {low - 1:.2%} to {high - 1:.2%})", f" ({100*less:.2f} to {100*more:.2f})") if low == low else ("", "") # one sequence has no interval
             lines.append(f"perplexity {m['perplexity_over_floor'] - 1:.2%} above the floor{over}, accuracy {100*m['accuracy_below_best']:.2f} points below the best{below}")
             if high < 1: lines.append("Nothing can be that far below the floor: source.json cannot be the source of these sequences.")
         lines.append(f"{m['nats_per_sequence']:.4g} nats per sequence, {m['bits_per_token']:.4g} bits per token, over {m['sequences']:,} sequences, {m['tokens']:,} tokens")
-        lines.append(f"calibration error {m['calibration_error']:.2%}: how far confidence and the share of right guesses are apart")
-        return "\n".join(lines + ([str(self.drawn)] if self.drawn else []))
+        return lines + [f"calibration error {m['calibration_error']:.2%}: how far confidence and the share of right guesses are apart"]
 
+    def __str__(self):
+        rows = [f"{name:20} {ppl:>12} {acc:>9}" for name, ppl, acc in self.rows()]
+        return "\n".join([*rows, *self.notes(), *([str(self.drawn)] if self.drawn else [])])
+
+    def _repr_html_(self):
+        head, *rows = self.rows()
+        table = html_table(head, rows, [name for name, *_ in rows].index("this model"))
+        return table + "".join(f"<p>{escape(line)}</p>" for line in self.notes()) + (self.drawn._repr_html_() if self.drawn else "")
     __repr__ = __str__
 
 # %% ../nbs/06_evaluation.ipynb #f8bb9c57
