@@ -97,17 +97,17 @@ def measures(
     from seqgpt.evaluation import evaluate_folder, plot_evaluation
     return {"clm": (evaluate_folder, plot_evaluation), "classification": (evaluate_classifier, plot_classification)}[task]
 
-# %% ../nbs/10_cli.ipynb #49b178e5
+# %% ../nbs/10_cli.ipynb #56c5f576
 def train_command(
     config, # A `Config`
 ):
-    "Trains, evaluates the best model and, of a language model, draws samples."
+    "Trains, evaluates the best model and, of a language model, draws samples and the curves beside simple predictors and the best possible."
     from seqgpt.corpora import write_digits
     from seqgpt.evaluation import write_evaluation
     from seqgpt.inference import generate
     from seqgpt.model import load_model
     from seqgpt.tokenizer import InputError, load_tokenizer
-    from seqgpt.training import check_config, train
+    from seqgpt.training import check_config, save_curves, train
     first = int(os.environ.get("RANK", 0)) == 0 # of several processes, one writes
     if config.data_path is None and config.init_from is None:
         if config.vocab_path: raise InputError("A vocabulary without data. Name the data with --data_path.")
@@ -120,6 +120,7 @@ def train_command(
     evaluation = measure(best)
     print(f"\nThe best model on the validation set, in 32 bits:\n{evaluation}\n")
     write_evaluation(evaluation, best/"evaluation", plot)
+    if config.task == "clm": save_curves(run.history, run.output_dir, {name: perplexity for name, perplexity, _ in evaluation.table() if name != "this model"})
     left = f"{run.output_dir}: best_model, final_model, training_curves.png; curves in detail: tensorboard --logdir {run.output_dir/'runs'}"
     if config.task == "classification": return print(left)
     if evaluation.metrics["perplexity"] > evaluation.baselines["uniform"]["perplexity"]: print("That is worse than guessing. Try a lower --learning_rate.\n")

@@ -10,7 +10,7 @@ __all__ = ['perplexity_of', 'accuracy_of', 'BINS', 'short_name', 'token_scores',
            'plot_distances', 'plot_drawn', 'plot_evaluation', 'training_split', 'evaluate_folder', 'evaluation_data',
            'write_evaluation']
 
-# %% ../nbs/06_evaluation.ipynb #ace2e250
+# %% ../nbs/06_evaluation.ipynb #f2260988
 import json
 import math
 import warnings
@@ -35,8 +35,8 @@ from .corpora import MarkovSource, load_source, possible_pairs
 from .data import Split, class_names, collate, given_split, read_corpus, unframed
 from .inference import generate
 from .model import load_model
-from .tokenizer import InputError, load_tokenizer
-from .training import html_table, load_data, read_config
+from .tokenizer import InputError, html_table, load_tokenizer
+from .training import load_data, read_config
 
 # %% ../nbs/06_evaluation.ipynb #105e2b0c
 def token_scores(
@@ -248,7 +248,7 @@ def compare_endings(
     scores = [rouge.score(target=r, prediction=l) for l, r in zip(left, right)]
     return {"bleu": corpus_bleu(left, [right], tokenize="none", force=True).score} | {name: float(np.mean([s[name].fmeasure for s in scores])) for name in scores[0]}
 
-# %% ../nbs/06_evaluation.ipynb #aedc8957
+# %% ../nbs/06_evaluation.ipynb #96ce3821
 @dataclass
 class Drawn:
     "What sequences drawn by a model are like (first of each pair), and held-out real ones (second)."
@@ -278,8 +278,7 @@ class Drawn:
     __repr__ = __str__
 
     def _repr_html_(self):
-        head, *rows = self.rows()
-        return html_table(head, rows)
+        return html_table(self.rows())
 
 # %% ../nbs/06_evaluation.ipynb #c64be946
 def evaluate_samples(
@@ -306,7 +305,7 @@ def evaluate_samples(
     return Drawn(number, rule, () if pairs is None else tuple(share_invalid(s, pairs) for s in (drawn, real)), () if train is None else tuple(nearest_distances(s, train) for s in (drawn, real)),
                  (compare_endings([s.tokens[s.given:] for s in continued], endings), compare_endings(endings[1:] + endings[:1], endings) if number > 1 else {}))
 
-# %% ../nbs/06_evaluation.ipynb #f269aa09
+# %% ../nbs/06_evaluation.ipynb #4929e702
 @dataclass
 class Evaluation:
     "How good a model is on a set of sequences."
@@ -375,8 +374,8 @@ class Evaluation:
         return "\n".join([*rows, *self.notes(), *([str(self.drawn)] if self.drawn else [])])
 
     def _repr_html_(self):
-        head, *rows = self.rows()
-        table = html_table(head, rows, [name for name, *_ in rows].index("this model"))
+        rows = self.rows()
+        table = html_table(rows, [name for name, *_ in rows].index("this model"))
         return table + "".join(f"<p>{escape(line)}</p>" for line in self.notes()) + (self.drawn._repr_html_() if self.drawn else "")
     __repr__ = __str__
 

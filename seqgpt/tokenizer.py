@@ -118,16 +118,17 @@ def make_tokenizer(
     backend.add_tokens([added_token(s, s in specials.values()) for s in vocab])
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials)
 
-# %% ../nbs/00_tokenizer.ipynb #cb602d6d
+# %% ../nbs/00_tokenizer.ipynb #f79575ad
 def html_table(
-    rows: dict[str, list], # Name of a row to its cells
-) -> str: # A `<table>`; of more than 16 cells in a row the middle is left out
-    "Rows of cells as HTML, each behind its name."
-    short = lambda cells: cells if len(cells) <= 16 else [*cells[:12], "…", *cells[-3:]]
-    row = lambda name, cells: f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(str(c))}</td>' for c in short(cells))}</tr>"
-    return f'<table class="dataframe">{"".join(row(name, cells) for name, cells in rows.items())}</table>'
+    rows: list[list], # Of cells; the first row is the head
+    bold: int | None = None, # Number of a row to be set in bold type
+) -> str: # A `<table>`; of more than 17 columns those in the middle are left out
+    "Rows of cells as HTML."
+    short = lambda cells: cells if len(cells) <= 17 else [*cells[:13], "…", *cells[-3:]]
+    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(str(c))}</{tag}>" for c in short(cells)) + "</tr>"
+    return f'<table class="dataframe">{"".join(row(cells, "th" if k in (0, bold) else "td") for k, cells in enumerate(rows))}</table>'
 
-# %% ../nbs/00_tokenizer.ipynb #13b992aa
+# %% ../nbs/00_tokenizer.ipynb #400c90e4
 @patch
 def _repr_html_(self: PreTrainedTokenizerFast) -> str:
     "The number of symbols, the special tokens and the first of the others, for Jupyter."
@@ -136,10 +137,10 @@ def _repr_html_(self: PreTrainedTokenizerFast) -> str:
     others = [s for s in self.convert_ids_to_tokens(range(min(len(self), 16))) if s is not None and s not in special.values()][:8]
     symbols = [*special.values(), *others]
     more = ["…"] * (len({*symbols}) < len(self))
-    table = html_table({"": [*special, *[""]*len(others + more)], "symbol": symbols + more, "id": self.convert_tokens_to_ids(symbols) + more})
+    table = html_table([["", *special, *[""]*len(others + more)], ["symbol", *symbols, *more], ["id", *self.convert_tokens_to_ids(symbols), *more]])
     return f"<p>A tokenizer with {len(self):,} symbols</p>{table}"
 
-# %% ../nbs/00_tokenizer.ipynb #f6d1204b
+# %% ../nbs/00_tokenizer.ipynb #f9ea4f2b
 @patch
 def _repr_html_(self: BatchEncoding) -> str | None: # None, and so the plain text, where the symbols are not known or the ids are no lists
     "The symbols of each sequence over its ids, for Jupyter; of more than 8 sequences the first."
@@ -149,7 +150,7 @@ def _repr_html_(self: BatchEncoding) -> str | None: # None, and so the plain tex
     tables = []
     for k, e in enumerate(encodings[:8]):
         rows = {name: values[k] if batched else values for name, values in self.data.items()}
-        tables.append(html_table({"symbol": [t.strip() or t for t in e.tokens]} | {name: r for name, r in rows.items() if isinstance(r, list) and len(r) == len(e)}))
+        tables.append(html_table([["symbol", *(t.strip() or t for t in e.tokens)], *([name, *r] for name, r in rows.items() if isinstance(r, list) and len(r) == len(e))]))
     return "".join(tables) + (f"<p>… {len(encodings) - 8:,} more</p>" if len(encodings) > 8 else "")
 
 # %% ../nbs/00_tokenizer.ipynb #d6d49e14

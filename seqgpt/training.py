@@ -8,9 +8,9 @@ __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision
            'Interrupted', 'Diverged', 'StopWhenNotFinite', 'write_config', 'read_config', 'model_card', 'save_model',
            'Bar', 'recent_loss', 'KeepBest', 'validation_metrics', 'start_from', 'load_vocab', 'load_data',
            'training_arguments', 'find_checkpoint', 'resume_command', 'begin_run', 'say_what_is_lacking',
-           'say_what_was_seen', 'html_table', 'Run', 'plot_curves', 'task_parts', 'train']
+           'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train']
 
-# %% ../nbs/04_training.ipynb #1b9b7aff
+# %% ../nbs/04_training.ipynb #62582a0d
 import json
 import math
 import os
@@ -41,7 +41,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .data import Corpus, Split, class_names, collate, corpus_files, given_split, read_corpus, split_corpus
 from .model import TASKS, count_parameters, load_model, make_config, new_model, task_of
-from .tokenizer import SPECIALS, InputError, framing, load_tokenizer, make_tokenizer, read_vocab, save_tokenizer
+from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_vocab, save_tokenizer
 
 # %% ../nbs/04_training.ipynb #8721ab30
 @dataclass
@@ -340,7 +340,7 @@ def recent_loss(
         if "loss" in log: losses.append(log["loss"])
     return sum(losses)/len(losses) if losses else math.nan
 
-# %% ../nbs/04_training.ipynb #61705272
+# %% ../nbs/04_training.ipynb #89192fc0
 class KeepBest(TrainerCallback):
     "At each validation: prints a line, writes `best_model` where the loss is the lowest so far, stops where it no longer falls."
     def __init__(self,
@@ -357,7 +357,7 @@ class KeepBest(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.tokens = state.num_input_tokens_seen
         level, more = ("PPL", "") if self.config.task == "clm" else ("loss", f" {'macro F1':>9}")
-        if state.is_world_process_zero: tqdm.write(f"{'epoch':>6} {'step':>7} {f'train {level}':>10} {f'val {level}':>9} {'accuracy':>9}{more} {'tokens/s':>9}")
+        self.head = f"{'epoch':>6} {'step':>7} {f'train {level}':>10} {f'val {level}':>9} {'accuracy':>9}{more} {'tokens/s':>9}\n"
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         best = state.best_metric is None or metrics["eval_loss"] < state.best_metric
@@ -370,8 +370,9 @@ class KeepBest(TrainerCallback):
         self.seconds, self.tokens = 0, state.num_input_tokens_seen
         level = next(iter(found)) # perplexity or loss
         more = f" {found['macro_f1']:9.2%}" if "macro_f1" in found else ""
-        tqdm.write(f"{found['epoch']:6.2f} {found['step']:7} {found.get(f'train_{level}', math.nan):10.4g} {found[level]:9.4g} {found['accuracy']:9.2%}{more} "
+        tqdm.write(f"{self.head}{found['epoch']:6.2f} {found['step']:7} {found.get(f'train_{level}', math.nan):10.4g} {found[level]:9.4g} {found['accuracy']:9.2%}{more} "
                    f"{speed:9,.0f}{'  best so far' if best else ''}")
+        self.head = "" # once, above the first line: in Jupyter, `Trainer`'s own table comes in between
 
 def validation_metrics(
     history: list[dict], # What `Trainer` wrote down
@@ -529,18 +530,7 @@ def say_what_was_seen(
     except InputError: return tqdm.write(f"What {config.init_from} was trained on is gone: whether the sequences to validate on were among it cannot be told.")
     if seen > split.shared: tqdm.write(f"{config.init_from} was trained on {seen:,} of the sequences to validate on, so they flatter. The --seed of that training, {before.seed}, gives its split.")
 
-# %% ../nbs/04_training.ipynb #8cde917c
-def html_table(
-    columns: list[str], # Names; the cells beneath are texts too
-    rows: list[list[str]],
-    bold: int | None = None, # Number of a row
-) -> str:
-    "A table for Jupyter."
-    row = lambda cells, tag, start="", end="": "<tr>" + "".join(f"<{tag}>{start}{escape(c)}{end}</{tag}>" for c in cells) + "</tr>"
-    body = "".join(row(r, "td", "<b>", "</b>") if k == bold else row(r, "td") for k, r in enumerate(rows))
-    return f"<table><thead>{row(columns, 'th')}</thead><tbody>{body}</tbody></table>"
-
-# %% ../nbs/04_training.ipynb #100829aa
+# %% ../nbs/04_training.ipynb #30dbf36e
 @dataclass
 class Run:
     "What a training run leaves behind."
@@ -558,9 +548,9 @@ class Run:
         names = {name: form for name, form in names.items() if name in self.metrics}
         columns = [{f"train_{level}": f"training {level}", level: f"validation {level}", "macro_f1": "macro F1"}.get(name, name) for name in names]
         rows = [[format(m.get(name, math.nan), form) for name, form in names.items()] for m in found.values()]
-        return html_table(columns, rows, losses.index(min(losses)) if losses else None) + f"<p>{escape(repr(self))}</p>"
+        return html_table([columns, *rows], 1 + losses.index(min(losses)) if losses else None) + f"<p>{escape(repr(self))}</p>"
 
-# %% ../nbs/04_training.ipynb #95ca6659
+# %% ../nbs/04_training.ipynb #7d585faa
 def plot_curves(
     history: list[dict], # Of a `Run`
     lines: dict[str, float] = {}, # Name to perplexity (loss, for a classifier) of what the model is held against
@@ -588,6 +578,15 @@ def plot_curves(
     for ax in axes: ax.set_xlabel("epoch")
     return fig
 
+def save_curves(
+    history: list[dict], # Of a `Run`
+    folder: Path, # Where to write `training_curves.png`
+    lines: dict[str, float] = {}, # As for `plot_curves`
+):
+    "Draws the curves into a file."
+    plot_curves(history, lines).savefig(folder/"training_curves.png", dpi=120)
+    plt.close()
+
 # %% ../nbs/04_training.ipynb #ab75c979
 def task_parts(
     config: Config,
@@ -607,7 +606,7 @@ def task_parts(
     return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, classes=model_config.label2id), compute_loss_func=partial(class_loss, weights=weights),
                 compute_metrics=ExactMetrics(partial(class_metrics, weights=weights)), preprocess_logits_for_metrics=class_guesses), model_config
 
-# %% ../nbs/04_training.ipynb #adbb6bf2
+# %% ../nbs/04_training.ipynb #2e246976
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -633,9 +632,7 @@ def train(
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
     with stop: trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
-    if first:
-        plot_curves(state.log_history).savefig(out/"training_curves.png", dpi=120)
-        plt.close()
+    if first: save_curves(state.log_history, out)
     if stop.asked: raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. Go on with: {resume_command(out)}")
     if first: save_model(out/"final_model", model, tokenizer, config, validation_metrics(state.log_history))
     return Run(out, json.loads((out/"best_model/metrics.json").read_text()), state.log_history)
