@@ -75,8 +75,9 @@ def reading_order(pages: Path) -> list[str]:
     order, page = [], min(pages.glob("*.ipynb"))
     while page.name != "index.ipynb":
         order.append(str(page.relative_to(pages)))
-        target = re.search(r"\]\(([\w./-]+\.ipynb)\)", read_nb(page).cells[-1].source)[1]
-        page = (page.parent/target).resolve()
+        link = re.search(r"\]\(([\w./-]+\.ipynb)\)", read_nb(page).cells[-1].source)
+        if not link: sys.exit(f"{order[-1]}: no link to the next page in its last cell.")
+        page = (page.parent/link[1]).resolve()
     return order
 
 
