@@ -41,15 +41,23 @@ def test_notebook_runs_under_jupyter(notebook, folder):
     assert shown(folder/notebook)
 
 
+SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"}, # all cells are in the page, not only those in view
+            "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
+
+
 @pytest.fixture
 def lab(folder, tmp_path):
     "The address of a JupyterLab in `folder`."
+    for name, values in SETTINGS.items():
+        path = tmp_path/"settings/@jupyterlab"/f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder}",
-               "--IdentityProvider.token=", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    with open(tmp_path/"lab.log", "w") as log, subprocess.Popen(command, env=ENV | {"JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path)}, stdout=log, stderr=log) as server:
+    command = ["jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder}", "--IdentityProvider.token="]
+    own = {"JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path/"workspaces")}
+    with open(tmp_path/"lab.log", "w") as log, subprocess.Popen(command, env=ENV | own, stdout=log, stderr=log) as server:
         for _ in range(600):
             assert server.poll() is None, (tmp_path/"lab.log").read_text()
             with socket.socket() as probe:
@@ -59,21 +67,58 @@ def lab(folder, tmp_path):
         server.terminate()
 
 
-def test_jupyterlab_runs_a_notebook_and_shows_progress_and_pictures(lab, folder):
+def run_all(page):
+    "Runs the open notebook to its end."
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=120_000) # the kernel is there
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.locator(".jp-OutputArea-output progress").first.wait_for(timeout=120_000) # while it trains
+    prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-prompt")
+    page.wait_for_function("p => p.textContent == `[${document.querySelectorAll('.jp-Notebook .jp-CodeCell').length}]:`", arg=prompts.last.element_handle(), timeout=400_000)
+
+
+def use_slider(page):
+    "Another number of pixels gives another chart of the next token."
+    slider, chart = page.locator(".widget-slider", has_text="pixels"), page.locator(".widget-interact .jp-OutputArea img")
+    slider.scroll_into_view_if_needed()
+    before = chart.get_attribute("src")
+    slider.locator(".noUi-handle").press("ArrowRight")
+    page.wait_for_function("([chart, before]) => !chart.isConnected || chart.src != before", arg=[chart.element_handle(), before], timeout=30_000)
+
+
+def use_canvas(page):
+    "A hook drawn with the mouse is completed, and can be wiped out."
+    canvas, answer = page.locator(".jp-OutputArea canvas").last, page.locator(".jp-OutputArea-child:has(canvas) .jp-OutputArea img")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    at = lambda x, y: (box["x"] + x*box["width"]/256, box["y"] + y*box["height"]/128)
+    inked = lambda: canvas.evaluate("c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 0 && v < 100).length / (c.width*c.height)")
+    page.mouse.move(*at(83, 42))
+    page.mouse.down()
+    for point in ((95, 18), (128, 10), (160, 18), (176, 50), (165, 85), (152, 112), (128, 124)): page.mouse.move(*at(*point), steps=2)
+    page.mouse.up()
+    page.mouse.move(*at(20, 100), steps=5) # the button is up: this draws nothing
+    page.wait_for_timeout(1000)
+    assert 0.1 < inked() < 0.5
+    assert answer.count() == 0
+    page.get_by_role("button", name="Go on").click()
+    answer.wait_for(timeout=60_000)
+    assert answer.evaluate("i => i.naturalWidth") > 300
+    page.get_by_role("button", name="Clear").click()
+    page.wait_for_timeout(1000)
+    assert inked() == 0
+
+
+def test_jupyterlab_runs_a_notebook_and_answers(lab, folder):
     with browser(viewport={"width": 1280, "height": 900}) as page:
-        page.goto(f"{lab}tree/04_training.ipynb")
-        idle = page.get_by_text("| Idle")
-        idle.wait_for(timeout=60_000)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.get_by_text("| Busy").wait_for(timeout=60_000)
-        page.locator(".jp-OutputArea-output progress").first.wait_for(timeout=120_000) # while it trains
-        idle.wait_for(timeout=300_000)
+        page.goto(f"{lab}tree/tutorials/inside.ipynb")
+        run_all(page)
+        page.locator(".jp-OutputArea-output table.dataframe").first.scroll_into_view_if_needed() # of the progress
+        pictures = page.locator(".jp-OutputArea-output img")
+        assert pictures.count() > 5 and all(p.evaluate("i => i.naturalWidth") > 100 for p in pictures.all())
+        use_slider(page)
+        use_canvas(page)
         page.keyboard.press("Control+s")
-        page.locator(".jp-OutputArea-output table.dataframe").first.scroll_into_view_if_needed()
-        picture = page.locator(".jp-OutputArea-output img").first
-        picture.scroll_into_view_if_needed()
-        assert picture.evaluate("i => i.naturalWidth") > 100
+        page.wait_for_timeout(2000)
         assert page.wrong == []
-    kinds = shown(folder/"04_training.ipynb")
-    assert any("<progress" in text for _, text in kinds) and any(kind == "image/png" for kind, _ in kinds)
+    assert any("<progress" in text for _, text in shown(folder/"tutorials/inside.ipynb"))
