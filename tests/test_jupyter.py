@@ -69,7 +69,7 @@ def lab(folder, tmp_path):
 
 def run_all(page):
     "Runs the open notebook to its end."
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=120_000) # the kernel is there
+    page.get_by_text("| Idle").wait_for(timeout=120_000) # the kernel is there
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.locator(".jp-OutputArea-output progress").first.wait_for(timeout=120_000) # while it trains
@@ -112,7 +112,8 @@ def use_canvas(page):
 def test_jupyterlab_runs_a_notebook_and_answers(lab, folder):
     with browser(viewport={"width": 1280, "height": 900}) as page:
         page.goto(f"{lab}tree/tutorials/inside.ipynb")
-        run_all(page)
+        try: run_all(page)
+        except Exception: page.screenshot(path="/tmp/w/s5/lab3.png"); print(page.wrong); raise
         page.locator(".jp-OutputArea-output table.dataframe").first.scroll_into_view_if_needed() # of the progress
         pictures = page.locator(".jp-OutputArea-output img")
         assert pictures.count() > 5 and all(p.evaluate("i => i.naturalWidth") > 100 for p in pictures.all())
