@@ -42,7 +42,7 @@ def api(module: str, name: str) -> str:
         names.append(STARS.get(p.kind, "") + n)
         rows.append(row(f"`{names[-1]}`", types.get(n), "" if p.default is p.empty else f"`{p.default!r}`".replace("<factory>", "{}"), about.get(n)))
     if "return" in types or about.get("return"): rows.append(row("*returns*", types.get("return"), "", about.get("return")))
-    return "\n".join([f"````{{py:{kind}}} {name}({', '.join(names)})", inspect.getdoc(symbol), "", *(rows if len(rows) > 2 else []), "````"])
+    return "\n".join([f"````{{py:{kind}}} {name}({', '.join(names)})", inspect.getdoc(symbol), "", *(rows if types or any(about.values()) else []), "````"])
 
 
 def directives(source: str) -> tuple[dict, str]:
