@@ -292,14 +292,14 @@ def credit(
     best = weights > (1 - 1e-9)*weights.max()
     return float(best[label] / best.sum())
 
-# %% ../nbs/02_corpora.ipynb #aede4688
+# %% ../nbs/02_corpora.ipynb #7b230c31
 def expected_limits(
     source: MarkovSource,
 ) -> dict[str, float]: # `perplexity`, `accuracy`, and `tokens` in a sequence
     "The scores of a predictor that is told the class, over all sequences that `source` could make."
     classes, states, branching = source.probabilities.shape
     n, last = len(source.symbols), source.max_length - 2
-    ends = source.successors.ravel() # the symbol at the end of each edge
+    ends = source.successors.ravel() # the symbol at the end of each edge; an edge leads from a state to one of its successors
     into = ends if source.order == 1 else np.arange(n*branching) # the state at the end of each edge
     edges = branching*(np.arange(n) if source.order == 1 else ends)[:, None] + np.arange(branching) # (states, branching)
     flow = sparse.csr_array((np.ones(states*branching), (into[edges].ravel(), np.arange(states*branching))), shape=(states, states*branching))
