@@ -10,8 +10,9 @@ __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision
            'training_arguments', 'find_checkpoint', 'resume_command', 'begin_run', 'say_what_is_lacking',
            'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train']
 
-# %% ../nbs/04_training.ipynb #62582a0d
+# %% ../nbs/04_training.ipynb #43a8979f
 import json
+import logging
 import math
 import os
 import shlex
@@ -20,7 +21,7 @@ import signal
 import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -247,7 +248,7 @@ class StopWhenNotFinite(TrainerCallback):
                 raise Diverged(f"The {name} at step {state.global_step} is {logs[name]}: training has diverged. {kept}\n"
                                f"Start again with a lower --learning_rate (it was {args.learning_rate:g}), --warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
 
-# %% ../nbs/04_training.ipynb #36a402b2
+# %% ../nbs/04_training.ipynb #29b095e8
 def write_config(
     config: Config,
     path: str | Path, # A YAML file
@@ -259,8 +260,9 @@ def read_config(
     path: str | Path, # What `write_config` wrote
 ) -> Config:
     "The configuration in a YAML file; raises `InputError` where there is none."
-    try: return Config(**yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as e: raise InputError(f"{path}: not the configuration of a run ({' '.join(str(e).split())}).") from e
+    reals = {f.name for f in fields(Config) if f.type is float}
+    try: return Config(**{k: float(v) if k in reals else v for k, v in yaml.safe_load(Path(path).read_text(encoding="utf-8")).items()}) # YAML takes 3e-4 for text
+    except (AttributeError, OSError, TypeError, ValueError, yaml.YAMLError) as e: raise InputError(f"{path}: not the configuration of a run ({' '.join(str(e).split())}).") from e
 
 # %% ../nbs/04_training.ipynb #6a77bb2b
 def model_card(
@@ -454,7 +456,11 @@ def training_arguments(
     args.logging_steps = min(config.logging_steps, args.eval_steps, args.max_steps)
     return args
 
-# %% ../nbs/04_training.ipynb #138803d2
+# %% ../nbs/04_training.ipynb #f6effbec
+for place, harmless in {"trainer": "['lm_head.weight']", # not in a checkpoint: tied to the token embedding, which is
+                        "trainer_utils": "mtime may not be reliable"}.items(): # then checkpoints are told apart by their numbers
+    logging.getLogger(f"transformers.{place}").addFilter(lambda record, harmless=harmless: harmless not in record.getMessage())
+
 def find_checkpoint(
     config: Config,
     fingerprint: str, # Of the encoded data
