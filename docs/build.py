@@ -21,8 +21,9 @@ STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "
 
 
 def row(*texts: str | None) -> str:
-    "A row of a Markdown table."
-    return "| " + " | ".join((text or "").replace("|", "\\|") for text in texts) + " |"
+    "A row of a Markdown table; `<bos>` is a symbol, also where it is not marked as code."
+    cells = [re.sub(r"(`[^`]*`)|<(\w+)>", lambda m: m[1] or f"`<{m[2]}>`", text or "") for text in texts]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def api(module: str, name: str) -> str:
@@ -40,7 +41,8 @@ def api(module: str, name: str) -> str:
     for n, p in inspect.signature(source).parameters.items():
         if n == "self": continue
         names.append(STARS.get(p.kind, "") + n)
-        rows.append(row(f"`{names[-1]}`", types.get(n), "" if p.default is p.empty else f"`{p.default!r}`".replace("<factory>", "{}"), about.get(n)))
+        default = "" if p.default is p.empty else f"`{getattr(p.default, '__name__', repr(p.default))}`".replace("<factory>", "{}")
+        rows.append(row(f"`{names[-1]}`", types.get(n), default, about.get(n)))
     if "return" in types or about.get("return"): rows.append(row("*returns*", types.get("return"), "", about.get("return")))
     return "\n".join([f"````{{py:{kind}}} {name}({', '.join(names)})", inspect.getdoc(symbol), "", *(rows if types or any(about.values()) else []), "````"])
 
@@ -53,19 +55,24 @@ def directives(source: str) -> tuple[dict, str]:
 
 def prepare(path: Path):
     "Rewrites a notebook that nbdev has processed for MyST-NB: directives become tags, `show_doc` what it shows."
-    nb, module, cells = read_nb(path), None, []
+    nb, module, cells, entries = read_nb(path), None, [], []
     for cell in nb.cells:
         if cell.cell_type == "code":
             found, cell.source = directives(cell.source)
             imports = all(re.match(r"(from .+ )?import |[ )]|$", line) for line in cell.source.splitlines())
-            tags = {"hide-input": found.get("code-fold") == "true" or imports, "remove-input": found.get("echo") == "false"}
+            answers = found.get("code-fold") == "true"
+            tags = {"hide-cell": answers, "hide-input": imports, "remove-input": found.get("echo") == "false"}
             cell.metadata["tags"] = [tag for tag, wanted in tags.items() if wanted]
+            if answers or imports: cell.metadata["mystnb"] = {f"code_prompt_{do}": f"{do.title()} the {'answers' if answers else 'imports'}" for do in ("show", "hide")}
             if "fig-alt" in found: cell.metadata["mystnb"] = {"image": {"alt": found["fig-alt"]}}
             if "default_exp" in found:
                 module = f"seqgpt.{found['default_exp']}"
                 cell = mk_cell(f"```{{py:module}} {module}\n```", "markdown")
-            elif shown := re.match(r"show_doc\((.+)\)", cell.source): cell = mk_cell(api(module, shown[1]), "markdown")
-        if cell.source: cells.append(cell)
+            elif shown := re.match(r"show_doc\((.+)\)", cell.source):
+                entries.insert(0, mk_cell(api(module, shown[1]), "markdown")) # nbdev puts the last one first
+                continue
+        cells += [*entries, cell] if cell.source else entries
+        entries = []
     nb.cells = cells
     write_nb(nb, path)
 
@@ -110,7 +117,8 @@ def as_text(page: Path) -> str:
         for output in cell.get("outputs", []):
             seen = cell.metadata.get("mystnb", {}).get("image", {}).get("alt")
             if "data" in output: output.data = {"text/plain": f"[{seen}]" if "image/png" in output.data else output.data.get("text/plain", "")}
-    return re.sub(r"\]\(([\w./-]+)\.ipynb\)", r"](\1.md)", MarkdownExporter().from_notebook_node(nb)[0])
+    text = re.sub(r"!\[(.*?)\]\(.*?\)", r"[\1]", MarkdownExporter().from_notebook_node(nb)[0])
+    return re.sub(r"\]\(([\w./-]+)\.ipynb\)", r"](\1.md)", text)
 
 
 def for_machines(pages: Path, names: list[str], out: Path):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from docutils import nodes
-from sphinx.addnodes import pending_xref
+from sphinx.addnodes import desc_content, pending_xref
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 import seqgpt
@@ -29,12 +29,21 @@ html_theme = "sphinx_book_theme"
 html_title = "seqgpt"
 html_static_path = [str(ROOT/"docs/static")]
 html_css_files = ["site.css"]
+templates_path = ["templates"]
+copybutton_selector = "div:not(.output) > div.highlight > pre" # code, not what it printed
 html_favicon = str(ROOT/"docs/static/favicon.svg")
 html_context = {"default_mode": "auto"}
 html_show_sourcelink = html_copy_source = False
 html_theme_options = {"use_download_button": False, "show_toc_level": 2, "home_page_in_toc": True}
 if repository := os.environ.get("GITHUB_REPOSITORY"): # on a code host: a link from each page to its notebook
     html_theme_options |= {"repository_url": f"{os.environ['GITHUB_SERVER_URL']}/{repository}", "path_to_docs": "nbs", "use_repository_button": True, "use_source_button": True}
+
+
+def is_parameter(node) -> bool:
+    "Whether this is the name of a parameter, in the description of the function that has it."
+    place = node.parent
+    while place and not isinstance(place, desc_content): place = place.parent
+    return bool(place) and any(row[0].astext().lstrip("*") == node.astext() for row in place.findall(nodes.row))
 
 
 class LinkNames(SphinxPostTransform):
@@ -44,10 +53,10 @@ class LinkNames(SphinxPostTransform):
     def run(self):
         symbols = {}
         for full in self.env.domains["py"].objects:
-            for short in (full, full.removeprefix("seqgpt."), full.split(".", 2)[-1]): symbols.setdefault(short, full)
+            for short in (full, full.split(".", 2)[-1]): symbols.setdefault(short, full) # seqgpt.data.collate, collate; of modules the whole name only
         terms = {term for kind, term in self.env.domains["std"].objects if kind == "term"}
         for node in [*self.document.findall(nodes.literal), *self.document.findall(nodes.emphasis)]:
-            if isinstance(node.parent, (nodes.reference, nodes.title, pending_xref)): continue
+            if isinstance(node.parent, (nodes.reference, nodes.title, pending_xref)) or is_parameter(node): continue
             text = node.astext()
             if isinstance(node, nodes.literal): domain, kind, target = "py", "obj", symbols.get(re.sub(r"\(.*\)$", "", text))
             else: domain, kind, target = "std", "term", next((t for t in (text, text.lower(), text.lower().removesuffix("s")) if t in terms), None)
@@ -57,5 +66,11 @@ class LinkNames(SphinxPostTransform):
             link += node
 
 
+def name_language(app, pagename, templatename, context, doctree):
+    "Says of the Chinese page that it is Chinese."
+    if pagename.endswith(".zh-CN"): context["language"] = "zh-CN"
+
+
 def setup(app):
     app.add_post_transform(LinkNames)
+    app.connect("html-page-context", name_language)

@@ -55,7 +55,7 @@ def test_notebook_is_clean_and_has_outputs(notebook):
     nb = json.loads(notebook.read_text(encoding="utf-8"))
     assert set(nb["metadata"]) <= {"kernelspec"}
     code = [c for c in nb["cells"] if c["cell_type"] == "code"]
-    for cell in nb["cells"]: assert not cell["metadata"], "run nbdev-clean"
+    for cell in nb["cells"]: assert cell["metadata"] == ({"jupyter": {"source_hidden": True, "outputs_hidden": True}} if "#| code-fold: true" in cell["source"][0] else {}), "run nbdev-clean; answers to exercises are collapsed, input and output"
     for cell in code:
         assert cell["execution_count"] is None, "run nbdev-clean"
         assert not any("it/s" in str(o) or o["output_type"] == "error" for o in cell["outputs"]), "run TQDM_DISABLE=1 nbdev-test --save"
