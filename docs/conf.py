@@ -53,7 +53,8 @@ class LinkNames(SphinxPostTransform):
     def run(self):
         symbols = {}
         for full in self.env.domains["py"].objects:
-            for short in (full, full.split(".", 2)[-1]): symbols.setdefault(short, full) # seqgpt.data.collate, collate; of modules the whole name only
+            symbols[full] = full
+            if full.count(".") > 1: symbols.setdefault(full.split(".", 2)[2], full) # seqgpt.data.collate is also meant by collate, but seqgpt.data not by data
         terms = {term for kind, term in self.env.domains["std"].objects if kind == "term"}
         for node in [*self.document.findall(nodes.literal), *self.document.findall(nodes.emphasis)]:
             if isinstance(node.parent, (nodes.reference, nodes.title, pending_xref)) or is_parameter(node): continue
