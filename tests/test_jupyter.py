@@ -16,13 +16,14 @@ ENV = {k: v for k, v in os.environ.items() if k not in ("TQDM_DISABLE", "MPLBACK
 
 @pytest.fixture
 def folder(tmp_path):
-    "A copy of the notebooks without their outputs."
-    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    "A copy of the notebooks without their outputs, and of what one of them copies."
+    for name in ("nbs", "seqgpt"): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"))
+    shutil.copy(ROOT/"pyproject.toml", tmp_path)
     for path in (tmp_path/"nbs").rglob("*.ipynb"):
         nb = json.loads(path.read_text(encoding="utf-8"))
         for cell in nb["cells"]:
             if cell["cell_type"] == "code": cell["outputs"] = []
-        path.write_text(json.dumps(nb), encoding="utf-8")
+        path.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
     return tmp_path/"nbs"
 
 
@@ -72,8 +73,9 @@ def run_all(page):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.locator(".jp-OutputArea-output progress").first.wait_for(timeout=120_000) # while it trains
-    prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-prompt")
-    page.wait_for_function("p => p.textContent == `[${document.querySelectorAll('.jp-Notebook .jp-CodeCell').length}]:`", arg=prompts.last.element_handle(), timeout=400_000)
+    prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-prompt") # not that of the last cell, which is collapsed
+    page.wait_for_function("([last, n]) => last.textContent == `[${n}]:`", arg=[prompts.last.element_handle(), prompts.count()], timeout=400_000)
+    page.get_by_text("| Idle").wait_for(timeout=120_000)
 
 
 def use_slider(page):

@@ -11,7 +11,6 @@ from bs4 import BeautifulSoup
 from conftest import ROOT
 
 SITE = ROOT/"_docs"
-pytestmark = pytest.mark.xdist_group("site") # built once
 
 
 @pytest.fixture(scope="module")
