@@ -132,20 +132,20 @@ def for_machines(pages: Path, names: list[str], out: Path):
     (out/"llms.txt").write_text("\n".join(["# seqgpt", "", *lines, ""]), encoding="utf-8")
 
 
-def build(out: Path = ROOT/"_docs") -> int:
-    "Builds the site into `out`; the exit code of Sphinx, which takes warnings for errors."
+def build() -> int:
+    "Builds the site into `_docs`; the exit code of Sphinx, which takes warnings for errors."
     pages = Path(proc_nbs(str(ROOT/"nbs"), n_workers=0, force=True)).resolve()
     book, made = parts(pages), pages/".build/html"
     for page in pages.rglob("*.ipynb"): prepare(page)
-    if (pages/"glossary.ipynb").exists(): glossary(pages/"glossary.ipynb")
+    glossary(pages/"glossary.ipynb")
     front = read_nb(pages/"index.ipynb")
     write_nb(front | {"cells": [*front.cells, *(mk_cell(contents(*part), "markdown") for part in book.items() if part[1])]}, pages/"index.ipynb")
     code = build_main(["-W", "--keep-going", "-q", "-j", "auto", "-c", str(ROOT/"docs"), "-d", str(pages/".build/doctrees"), str(pages), str(made)])
     if code: return code
     write_nb(front, pages/"index.ipynb")
     for_machines(pages, ["index.ipynb", *sum(book.values(), [])], made)
-    shutil.rmtree(out, ignore_errors=True)
-    made.rename(out)
+    shutil.rmtree(ROOT/"_docs", ignore_errors=True)
+    made.rename(ROOT/"_docs")
     return 0
 
 

@@ -19,11 +19,7 @@ add_module_names = False
 toc_object_entries = False # the pages' own headings are enough
 
 nb_execution_mode = "off" # the notebooks are tested, and store what they showed
-nb_number_source_lines = False
-nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {} # nothing from other hosts
-myst_heading_anchors = 3
-myst_enable_extensions = []
 
 html_theme = "sphinx_book_theme"
 html_title = "seqgpt"
