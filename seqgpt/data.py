@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CELL_COLOURS', 'BadLine', 'symbol_ids', 'frame', 'unframed', 'read_label', 'parse_line', 'corpus_files', 'read_lines',
            'Problems', 'cut', 'fingerprint', 'Corpus', 'encode_rows', 'id_type', 'write_arrow', 'read_corpus', 'Split',
-           'split_corpus', 'given_split', 'class_names', 'collate', 'cell_colours', 'plot_batch', 'write_corpus']
+           'split_corpus', 'given_split', 'class_names', 'collate', 'cell_colours', 'plot_batch', 'ByLength',
+           'write_corpus']
 
 # %% ../nbs/01_data.ipynb #e6bd09e9
 import gzip
@@ -176,11 +177,11 @@ def fingerprint(
         with open(path, "rb") as f: digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()
 
-# %% ../nbs/01_data.ipynb #c3c973f9
+# %% ../nbs/01_data.ipynb #aaaffc01
 @dataclass
 class Corpus:
     "Encoded sequences, and an account of how they came about."
-    dataset: Dataset # Columns `input_ids`, `label` (text or None), `source` (number of the sequence), `digest` (of its content)
+    dataset: Dataset # Columns `input_ids`, `label` (text or None), `source` (number of the sequence), `digest` (of its content), `length`
     report: dict # Counts; see `read_corpus`
 
     def __str__(self):
@@ -193,7 +194,7 @@ class Corpus:
         return ". ".join(parts) + "."
     __repr__ = __str__
 
-# %% ../nbs/01_data.ipynb #5474c1b0
+# %% ../nbs/01_data.ipynb #331a94d9
 def encode_rows(
     files: list[Path], # JSON Lines files
     tokenizer, # From `make_tokenizer`
@@ -221,7 +222,7 @@ def encode_rows(
                     report["tokens_lost"] += len(ids) - len(pieces[0]) if long == "truncate" else 0
                     report["pieces"] += len(pieces)
                 digest = int.from_bytes(hashlib.blake2b(np.array(ids, dtype).tobytes(), digest_size=8).digest(), signed=True)
-                for piece in pieces: yield np.array(piece, dtype), label, report["sequences"], digest
+                for piece in pieces: yield np.array(piece, dtype), label, report["sequences"], digest, len(piece)
                 report["sequences"] += 1
 
 def id_type(
@@ -230,7 +231,7 @@ def id_type(
     "The smallest type that holds an id: two bytes serve most vocabularies."
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
-# %% ../nbs/01_data.ipynb #77a45707
+# %% ../nbs/01_data.ipynb #e75ac269
 def write_arrow(
     rows, # What `encode_rows` yields
     path: Path, # Where to write
@@ -239,11 +240,11 @@ def write_arrow(
     batch: int = 10_000, # Rows held in memory
 ):
     "Writes `rows` to an Arrow file, a batch at a time."
-    schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(dtype)), "label": pa.string(), "source": pa.int64(), "digest": pa.int64()})
+    schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(dtype)), "label": pa.string(), "source": pa.int64(), "digest": pa.int64(), "length": pa.int32()})
     report["shortest"] = 2**62
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         def write(held):
-            lengths = [len(r[0]) for r in held]
+            lengths = [r[-1] for r in held]
             report["tokens"] += sum(lengths)
             report["shortest"], report["longest"] = min(report["shortest"], *lengths), max(report["longest"], *lengths)
             writer.write_batch(pa.record_batch([pa.array(c, t) for c, t in zip(zip(*held), schema.types)], schema=schema))
@@ -253,7 +254,7 @@ def write_arrow(
             if len(held) == batch: write(held); held = []
         if held: write(held)
 
-# %% ../nbs/01_data.ipynb #65805ba1
+# %% ../nbs/01_data.ipynb #5288a01e
 def read_corpus(
     data_path: str | Path, # A JSON Lines file, plain or gzip, or a folder of them
     tokenizer, # From `make_tokenizer`
@@ -269,7 +270,7 @@ def read_corpus(
     files = corpus_files(data_path)
     settings = dict(max_length=max_length, long=long, classes=classes)
     specials = [getattr(tokenizer, role) for role in SPECIALS]
-    key = fingerprint(files, 2, sorted(tokenizer.get_vocab().items()), specials, settings, len(files) > 1 and [p.name for p in files])
+    key = fingerprint(files, 3, sorted(tokenizer.get_vocab().items()), specials, settings, len(files) > 1 and [p.name for p in files])
     cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE)/"seqgpt")
     arrow, account = cache/f"{key}.arrow", cache/f"{key}.json"
     if not account.exists():
@@ -400,6 +401,27 @@ def plot_batch(
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return fig
+
+# %% ../nbs/01_data.ipynb #867f2fe2
+class ByLength(torch.utils.data.Sampler):
+    "A random order, another one in each epoch, in which batches hold sequences of about the same length."
+    def __init__(self,
+        lengths, # Of the sequences, in tokens
+        batch_size: int, # Sequences in a batch
+        seed: int = 42,
+        pool: int = 100, # Batches that are sorted together: the more, the less padding, and the less chance
+    ): self.lengths, self.batch_size, self.seed, self.pool, self.epoch = np.asarray(lengths), batch_size, seed, pool, 0
+
+    def set_epoch(self, epoch): self.epoch = epoch
+    def __len__(self): return len(self.lengths)
+
+    def __iter__(self):
+        shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + self.epoch)).numpy()
+        places = np.arange(len(self)) # in `shuffled`
+        pools = (p[np.argsort(self.lengths[shuffled[p]], kind="stable")] for p in np.split(places, places[::self.pool*self.batch_size][1:]))
+        batches = [p[k:k + self.batch_size] for p in pools for k in range(0, len(p), self.batch_size)]
+        rest = [batches.pop()] if len(self) % self.batch_size else [] # a smaller batch stays the last one
+        return iter(shuffled[np.concatenate(sorted(batches, key=min) + rest)].tolist())
 
 # %% ../nbs/01_data.ipynb #6607b41d
 def write_corpus(
