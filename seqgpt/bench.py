@@ -538,7 +538,7 @@ def show_startup(
     "Prints it as a table."
     print_table(["start", "seconds", "from", "to"], [[row["name"], f"{row['median']:.2f}", f"{min(row['seconds']):.2f}", f"{max(row['seconds']):.2f}"] for row in found["rows"]])
 
-# %% ../nbs/11_bench.ipynb #2463a8f0
+# %% ../nbs/11_bench.ipynb #1f395693
 def plot_bars(
     ax,
     values: dict[str, dict], # Name to `median`, `low` and `high`, see `rate`
@@ -563,12 +563,12 @@ def plot_lines(
         ax.plot(x, [math.nan if v is None else v for v in y], marker="o", ms=4, label=name, color="steelblue" if name.startswith("Trainer") else "tab:orange", linestyle=":" if name.startswith("cache") else "-")
     ticks = sorted({v for x, _ in lines.values() for v in x})
     ax.set(xscale="log", ylim=(0, 1.1*max((v for _, y in lines.values() for v in y if v is not None), default=1)))
-    ax.set_xticks(ticks, [f"{t:,}" if t < 10_000 else f"{t/1e6:g} M" if t >= 1e6 else f"{t//1000} k" for t in ticks])
+    ax.set_xticks(ticks, [f"{t:,}" if t % 1000 else f"{t//1000} k" if t < 1e6 else f"{t/1e6:g} M" for t in ticks])
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9")
 
-# %% ../nbs/11_bench.ipynb #81c66085
+# %% ../nbs/11_bench.ipynb #3b8a5773
 PARTS = ("training", "evaluation", "generation", "lengths", "data", "startup")
 
 def plot_bench(
@@ -577,7 +577,7 @@ def plot_bench(
     "Draws what was measured, a panel for each part; returns the figure."
     rows = {part: result[part]["rows"] for part in PARTS if part in result}
     heights = {part: 2.0 if part in ("lengths", "data") else 0.3*len(r) for part, r in rows.items()} # inches
-    below = {part: 0.95 if part in ("lengths", "data") else 0.7 for part in heights} # title, labels of the axis, and a gap
+    below = {part: 1.1 if part in ("lengths", "data") else 0.65 for part in heights} # title, labels of the axis, and a gap
     width, top = 6, sum(heights.values()) + sum(below.values())
     total = top
     with plt.rc_context({"font.size": 10.5}):
