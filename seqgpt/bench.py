@@ -538,7 +538,7 @@ def show_startup(
     "Prints it as a table."
     print_table(["start", "seconds", "from", "to"], [[row["name"], f"{row['median']:.2f}", f"{min(row['seconds']):.2f}", f"{max(row['seconds']):.2f}"] for row in found["rows"]])
 
-# %% ../nbs/11_bench.ipynb #1f395693
+# %% ../nbs/11_bench.ipynb #abb5a7b9
 def plot_bars(
     ax,
     values: dict[str, dict], # Name to `median`, `low` and `high`, see `rate`
@@ -548,7 +548,7 @@ def plot_bars(
     for k, (name, r) in enumerate(values.items()):
         ax.barh(k, r["median"], color="tab:orange" if "seqgpt" in name else "lightsteelblue", height=0.75)
         ax.plot([r["low"], r["high"]], [k, k], color="0.3", lw=1.5)
-        ax.annotate(notes[k] if notes else f"{r['median']:,.0f}", (max(r["median"], r["high"]), k), (5, 0), textcoords="offset points", va="center")
+        ax.annotate(notes[k] if notes else f"{r['median']:,.0f}", (max(r["median"], r["high"]), k), (5, 0), textcoords="offset points", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})
     ax.set(yticks=range(len(values)), yticklabels=list(values), xticks=[], xlim=(0, 1.35*max(r["high"] for r in values.values())))
     ax.invert_yaxis()
     ax.spines[:].set_visible(False)
@@ -568,7 +568,7 @@ def plot_lines(
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9")
 
-# %% ../nbs/11_bench.ipynb #3b8a5773
+# %% ../nbs/11_bench.ipynb #6215e4e0
 PARTS = ("training", "evaluation", "generation", "lengths", "data", "startup")
 
 def plot_bench(
@@ -584,7 +584,7 @@ def plot_bench(
         fig = plt.figure(figsize=(width, total))
         def panel(title, left, right, height):
             ax = fig.add_axes((left/width, (top - 0.35 - height)/total, (right - left)/width, height/total))
-            ax.annotate(title, (0.1 if left < 3 else left - 0.4, top - 0.25), xycoords=fig.dpi_scale_trans, weight="bold", fontsize=11.5)
+            fig.text((0.1 if left < 3 else left - 0.4)/width, (top - 0.25)/total, title, weight="bold", fontsize=11.5)
             return ax
         for part, r in rows.items():
             wide = lambda title: panel(title, 1.75, width - 0.1, heights[part])
