@@ -1,0 +1,132 @@
+"The benchmark: everybody who should be there is there, and all do the same work. No speed is asserted."
+import json
+import math
+import re
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from conftest import redirect
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from seqgpt import bench as B
+from seqgpt.tokenizer import InputError
+from seqgpt.training import pick_precision
+
+TINY = dict(rounds=1, steps=2, batch_size=2, length=34, n_layer=1, n_head=2, n_embd=16, longest=64, most_sequences=1000)
+EXTRA = {"x-transformers": "x_transformers", "Lightning": "lightning"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A whole benchmark, small, on a machine without the extra packages: result, folder, what was printed."
+    folder, find = tmp_path_factory.mktemp("bench")/"out", B.importlib.util.find_spec
+    with pytest.MonkeyPatch.context() as patch, redirect(None) as (said, _):
+        patch.setattr(B.importlib.util, "find_spec", lambda name: None if name in EXTRA.values() else find(name))
+        result = B.bench(str(folder), **TINY)
+    return result, folder, said.getvalue()
+
+
+def test_every_part_and_contender_is_there(whole):
+    result, folder, said = whole
+    assert json.loads((folder/"benchmark.json").read_text()) == result and (folder/"benchmark.png").stat().st_size > 10_000
+    assert set(result) == {"machine", "settings", *B.PARTS} and result["settings"]["n_embd"] == 16
+    assert result["machine"]["torch"] == torch.__version__ and result["machine"]["processor"] and result["machine"]["date"]
+    here = [name for name in B.contenders() if name not in EXTRA]
+    assert [row["name"] for row in result["training"]["rows"]] == here and {"seqgpt", "Trainer, defaults", "plain loop"} <= set(here)
+    assert all(len(row["seconds"]) == 2 and row["parameters"] > 1000 and 0 < row["share_of_peak"] < 1 and row["first_step"] > 0 for row in result["training"]["rows"])
+    assert ("Trainer, bf16" in here) == (pick_precision() == "bf16") == ("bf16" in result["training"]["peak"])
+    assert [row["name"] for row in result["evaluation"]["rows"]] == ["seqgpt", "Trainer, defaults"]
+    assert [(row["precision"], row["sequences"]) for row in result["generation"]["rows"]] == [(p, n) for p in B.precisions() for n in (1, 8, 32)]
+    assert [(row["length"], row["sequences"], row["name"]) for row in result["lengths"]["rows"]] == [(64, 1, "seqgpt"), (64, 1, "Trainer, defaults")]
+    assert [(row["sequences"], row["tokens"]) for row in result["data"]["rows"]] == [(1000, 66_000)]
+    assert len(result["startup"]["rows"]) == 5
+    for head in ("training", "evaluation", "generation", "length", "sequences", "start"): assert re.search(rf"^{head} ", said, re.M), head
+    for name in here: assert name in said
+
+
+def test_what_is_not_installed_is_named(whole):
+    result, _, said = whole
+    assert set(result["training"]["left_out"]) == set(EXTRA)
+    for name in EXTRA: assert f"{name}: not installed: pip install 'seqgpt[bench]'" in said
+
+
+def test_both_sides_compute_the_same(whole):
+    ours, theirs = whole[0]["evaluation"]["rows"]
+    assert math.isclose(ours["loss"], theirs["loss"], rel_tol=1e-5)
+    assert all(row["same_tokens"] == 1 for row in whole[0]["generation"]["rows"] if row["precision"] == "fp32")
+
+
+def test_nothing_is_overwritten_and_mistakes_show_first(whole, tmp_path):
+    _, folder, _ = whole
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(InputError, match="holds an earlier benchmark"): B.bench(str(folder), **TINY)
+    assert before == {p: p.read_bytes() for p in folder.iterdir()}
+    for wrong, words in ({"parts": "training,speed"}, "no 'speed'"), ({"rounds": 0}, "rounds is 0"), ({"n_head": 3}, "not divisible"), ({"longest": 32}, "longest is 32"):
+        with pytest.raises(InputError, match=words): B.bench(str(tmp_path/"new"), **{**TINY, **wrong})
+    assert not (tmp_path/"new").exists()
+
+
+def test_a_part_alone(tmp_path):
+    with redirect(None): result = B.bench(str(tmp_path/"out"), parts="generation", **TINY)
+    assert set(result) == {"machine", "settings", "generation"} and (tmp_path/"out/benchmark.png").exists()
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    return B.Setup(str(tmp_path_factory.mktemp("setup")/"s"), batch_size=4, length=34, n_layer=2, n_head=2, n_embd=64).write()
+
+
+class Enough(Exception): pass
+
+
+@pytest.mark.parametrize("name", B.contenders())
+def test_contenders_train_the_same_model(name, setup):
+    if name in EXTRA: pytest.importorskip(EXTRA[name])
+    seen, batch = [], setup.ids()[:16]
+
+    def pause(model):
+        if not seen or len(seen) == 60:
+            with torch.no_grad(): logits = model(batch)
+            seen.append((sum(p.numel() for p in model.parameters()), B.next_token_loss(getattr(logits, "logits", logits), batch).item()))
+        else: seen.append(None)
+        if len(seen) == 61: raise Enough
+
+    with pytest.raises(Enough): B.contenders()[name][2](setup, pause)
+    (parameters, before), (_, after) = seen[0], seen[-1]
+    expected = GPT2LMHeadModel(GPT2Config(vocab_size=516, n_positions=34, n_layer=2, n_head=2, n_embd=64, bos_token_id=1, eos_token_id=2)).num_parameters()
+    assert abs(parameters/expected - 1) < 0.01
+    assert abs(before - math.log(516)) < 0.2 and after < before - 0.05
+
+
+@pytest.mark.parametrize("length, n_layer, n_embd, vocab_size", [(16, 1, 8, 20), (33, 3, 24, 50)])
+def test_operations_are_those_that_pytorch_counts(length, n_layer, n_embd, vocab_size):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=length, n_layer=n_layer, n_head=2, n_embd=n_embd, attn_implementation="eager", bos_token_id=1, eos_token_id=2))
+    ids = torch.zeros(2, length, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter: model(ids, labels=ids).loss.backward()
+    weights, attention = B.training_flops(length, n_layer, n_embd, vocab_size)
+    assert counter.get_total_flops() == 2*length*(weights + 2*attention) # it counts what the mask hides, too
+
+
+def test_a_contender_that_fails_is_named_and_the_others_go_on(setup, monkeypatch):
+    real = B.Contender
+    monkeypatch.setattr(B, "Contender", lambda name, s: real(name, B.Setup("nowhere") if name == "plain loop" else s))
+    found = B.bench_training(setup, 1, 1, ["plain loop", "Trainer, defaults"])
+    assert [row["name"] for row in found["rows"]] == ["Trainer, defaults"]
+    assert "plain loop failed" in found["left_out"]["plain loop"] and "nowhere" in found["left_out"]["plain loop"]
+
+
+def test_turns_are_taken():
+    order = []
+    seconds = B.take_turns({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, steps=3)
+    assert "".join(order) == "aaabbbaaabbb" and {name: len(s) for name, s in seconds.items()} == {"a": 6, "b": 6}
+    assert B.rate([1, 2, 4], 8) == {"low": 3, "median": 4, "high": 6}
+
+
+def test_a_command_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="no such file"): B.first_step("--data_path", "nowhere")
+
+
+def test_any_part_can_be_drawn(whole):
+    for part in B.PARTS: plt.close(B.plot_bench({part: whole[0][part]}))
