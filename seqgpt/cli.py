@@ -258,7 +258,7 @@ def print_labels(
             for s, p in zip(symbols, found): f.write(json.dumps({"tokens": s, "label": next(iter(p)), "probabilities": p}, ensure_ascii=False) + "\n")
     for p in found: print(*(f"{label} {share:.2%}" for label, share in list(p.items())[:top]), sep="\t")
 
-# %% ../nbs/10_cli.ipynb #03afdedd
+# %% ../nbs/10_cli.ipynb #f5aa4086
 def interact(
     model, # A language model
     tokenizer, # Its tokenizer
@@ -269,27 +269,27 @@ def interact(
     "Shows what could come next, and appends what the user chooses, until there is no more input."
     import torch
 
-    from seqgpt.inference import encode_prompt, generate, next_tokens, text_bars
+    from seqgpt.inference import Decoder, chooser, encode_prompt, likeliest, text_bars
     from seqgpt.tokenizer import InputError
     with contextlib.suppress(ImportError): importlib.import_module("readline") # gives `input` its arrow keys, where there are any
     if seed is not None: torch.manual_seed(seed)
     encode_prompt(tokenizer, prompt)
-    symbols = prompt.split()
+    symbols, decoder, roll = prompt.split(), Decoder(model), chooser(tokenizer)
     print("Type symbols to append them, Enter for the most probable one, /sample for a random one,\n/back to take one back, /clear to start again, /quit to end.")
     while True:
         if symbols[-1:] == [tokenizer.eos_token] or len(symbols) + 1 >= model.config.n_positions: # <bos> takes one
             print(f"The sequence has ended: {' '.join(symbols)}\nStarting again.")
             symbols = []
-        pairs = next_tokens(model, tokenizer, symbols, top)
+        ids = torch.tensor([encode_prompt(tokenizer, symbols)], device=model.device)
+        logits = decoder(ids)
+        pairs = likeliest(tokenizer, logits[0], top)
         print(f"\n{len(symbols)} symbols{': ' if symbols else ''}{' '.join(symbols[-8:])}\n{text_bars(pairs)}")
         try: typed = input("> ").strip()
         except EOFError: return print()
         if typed == "/quit": return
         elif typed == "/back": symbols = symbols[:-1]
         elif typed == "/clear": symbols = []
-        elif typed == "/sample":
-            sample = generate(model, tokenizer, [symbols], max_new_tokens=1)[0]
-            symbols = sample.tokens + [tokenizer.eos_token]*sample.finished
+        elif typed == "/sample": symbols.append(tokenizer.convert_ids_to_tokens(int(roll(ids, logits))))
         elif typed.startswith("/") and typed not in tokenizer.get_vocab(): print(f"There is no {typed}: /sample, /back, /clear or /quit.")
         elif not typed: symbols.append(pairs[0][0])
         else:

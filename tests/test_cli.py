@@ -201,6 +201,24 @@ def test_interactive_shows_bars_and_takes_symbols(trained):
     assert full.returncode == 0 and "The sequence has ended" in full.stdout, full.stderr # 16 positions, one of them for <bos>
 
 
+def test_interactive_shows_what_the_model_says_whatever_was_typed_before(trained):
+    from seqgpt.inference import next_tokens, text_bars
+    from seqgpt.model import load_model
+    from seqgpt.tokenizer import load_tokenizer
+    model, tokenizer = load_model(trained/"outputs/best_model"), load_tokenizer(trained/"outputs/best_model")
+    typed = ["E4 F4 G4", "H9", "C4", "/back", "/back", "G4 F4 E4", "/clear", "D4", "C4 <eos>", "F4", "/what", "G4"]
+    shown = ["C4", "C4 E4 F4 G4", "C4 E4 F4 G4", "C4 E4 F4 G4 C4", "C4 E4 F4 G4", "C4 E4 F4", "C4 E4 F4 G4 F4 E4", "", "D4", "D4", "D4 F4", "D4 F4", "D4 F4 G4"]
+    result = seqgpt("infer", "--model_path", "outputs/best_model", "--prompt", "C4", "--top", 9, cwd=trained, input="\n".join([*typed, "/quit", ""]))
+    found = re.findall(r"^\d+ symbols.*\n((?:.*%.*\n)+)", result.stdout, re.M)
+    assert result.returncode == 0 and len(found) == len(shown), result.stdout
+    for bars, symbols in zip(found, shown): assert bars.strip() == text_bars(next_tokens(model, tokenizer, symbols, 9)).strip(), symbols
+
+
+def test_interactive_rolls_the_dice_of_the_seed(trained):
+    ask = lambda seed: seqgpt("infer", "--model_path", "outputs/best_model", "--seed", seed, cwd=trained, input="/sample\n"*12).stdout
+    assert ask(1) == ask(1) != ask(2)
+
+
 # --- runs in each other's way, interrupted runs
 
 def files(folder): return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}

@@ -1,0 +1,106 @@
+"Generation against Transformers' own `generate`: the same tokens, greedy and with the same dice."
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from seqgpt.inference import Decoder, chooser, encode_prompt, generate
+from seqgpt.model import make_config, new_model
+from seqgpt.tokenizer import make_tokenizer
+
+VOCAB = {s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *(f"{note}{octave}" for octave in range(1, 9) for note in "CDEFG")])}
+TOKENIZER = make_tokenizer(VOCAB)
+EQUAL, UNEQUAL = ["C4 D4"], ["C4", "", "E4 F4 G4 C4 D4 E4", "C4 D4"]
+WAYS = {"greedy": dict(temperature=0), "sampled": {}, "cool": dict(temperature=0.7), "top_k": dict(top_k=3), "top_p": dict(top_p=0.8), "penalty": dict(repetition_penalty=1.3),
+        "greedy, penalty": dict(temperature=0, repetition_penalty=1.5), "everything": dict(temperature=1.5, top_k=5, top_p=0.9, repetition_penalty=1.2)}
+FIELDS = {"plain": {}, "no scale": dict(scale_attn_weights=False), "scale by layer": dict(scale_attn_by_inverse_layer_idx=True), "inner": dict(n_inner=24), "relu": dict(activation_function="relu"),
+          "epsilon": dict(layer_norm_epsilon=0.1), "own head": dict(tie_word_embeddings=False), "cross": dict(add_cross_attention=True), "no cache": dict(use_cache=False)}
+
+
+def random_model(max_length=140, scale=8, **fields):
+    "A model of 40 notes with weights so large that each token depends on all before it."
+    model = new_model(make_config(TOKENIZER, max_length, **{"n_layer": 2, "n_head": 2, "n_embd": 16, **fields}), seed=1).eval()
+    torch.manual_seed(2)
+    for name, p in model.named_parameters(): p.data += torch.randn_like(p)*(0.3 if p.ndim == 1 else 0.02*scale)
+    return model
+
+
+def theirs(model, prompts, num_samples=1, max_new_tokens=None, temperature=1.0, seed=0, batch_size=32, top_k=0, top_p=1.0, repetition_penalty=1.0):
+    "Ids that Transformers adds, <eos> and what is behind it cut off."
+    encoded = [ids for p in prompts for ids in [encode_prompt(TOKENIZER, p)]*num_samples]
+    new = min(max_new_tokens or 10**9, model.config.n_positions - max(map(len, encoded)))
+    choose = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p) if temperature else dict(do_sample=False)
+    how = GenerationConfig(max_new_tokens=new, **choose, repetition_penalty=repetition_penalty, pad_token_id=0, eos_token_id=2, suppress_tokens=[0, 1, 3])
+    torch.manual_seed(seed)
+    rows = []
+    for k in range(0, len(encoded), batch_size):
+        longest = max(map(len, some := encoded[k:k + batch_size]))
+        ids, mask = torch.tensor([[0]*(longest - len(p)) + p for p in some]), torch.tensor([[0]*(longest - len(p)) + [1]*len(p) for p in some])
+        rows += model.generate(ids, attention_mask=mask, generation_config=how)[:, longest:].tolist()
+    return [row[:row.index(2)] if 2 in row else row for row in rows]
+
+
+def ours(*args, **options):
+    return [TOKENIZER.convert_tokens_to_ids(s.tokens[s.given:]) for s in generate(*args[:1], TOKENIZER, *args[1:], **{"seed": 0, **options})]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("prompts, num_samples", [(EQUAL, 1), (EQUAL, 3), (UNEQUAL, 1), (UNEQUAL, 10)])
+def test_same_tokens_as_transformers(way, prompts, num_samples):
+    model = random_model()
+    expected = theirs(model, prompts, num_samples, **WAYS[way])
+    assert ours(model, prompts, num_samples, **WAYS[way]) == expected # 40 samples are two batches, of 32 and 8
+    if num_samples == 10 and way == "sampled": # nothing trivial
+        assert len({len(row) for row in expected}) > 10 and len({*map(tuple, expected)}) > 30 and max(map(len, expected)) > 60
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+def test_every_field_of_the_configuration_counts(fields):
+    model = random_model(**FIELDS[fields])
+    for options in (dict(temperature=0), {}): assert ours(model, UNEQUAL, 2, **options) == theirs(model, UNEQUAL, 2, **options)
+
+
+def test_logits_are_those_of_the_model_whatever_was_kept():
+    model, padding = random_model(max_length=300, scale=3), torch.tensor([0, 3, 1])
+    ids = torch.randint(4, len(VOCAB), (3, 260))
+    ids[1, :3] = ids[2, :1] = 0
+    place = torch.arange(260) - padding[:, None]
+    with torch.no_grad(): expected = model(ids, attention_mask=(place >= 0).long(), position_ids=place.clamp(min=0)).logits
+    decoder = Decoder(model, padding)
+    for n in (5, 6, 7, 150, 151, 40, 41, 260, 4, 259, 260): # on, by several at once, and back
+        assert torch.allclose(decoder(ids[:, :n]), expected[:, n - 1], atol=1e-4), n
+    assert decoder.keys[0].shape[-1] < 400
+
+
+def test_padding_does_not_count():
+    model, ids = random_model(scale=3), torch.randint(4, len(VOCAB), (2, 30))
+    alone, decoder = Decoder(model), Decoder(model, torch.tensor([0, 9]))
+    padded = ids.clone()
+    padded[1, :9] = 0
+    for n in range(10, 31): assert torch.allclose(alone(ids[1:, 9:n]), decoder(padded[:, :n])[1:], atol=1e-4), n
+
+
+def test_half_precision():
+    model = random_model(scale=3)
+    ids, exact = torch.randint(4, len(VOCAB), (3, 120)), Decoder(model)
+    expected = torch.stack([exact(ids[:, :n]) for n in range(20, 121)])
+    decoder = Decoder(model.bfloat16())
+    found = torch.stack([decoder(ids[:, :n]) for n in range(20, 121)])
+    with torch.no_grad(): whole = model(ids).logits[:, 19:].transpose(0, 1)
+    assert found.dtype == torch.bfloat16 and (found - expected).abs().mean() < 1.2*(whole - expected).abs().mean() # no worse than the model's own
+    assert len(ours(model, UNEQUAL, 2)) == 8
+
+
+def test_choosing_leaves_the_logits_alone():
+    logits, ids = torch.randn(3, len(VOCAB)), torch.randint(4, len(VOCAB), (3, 5))
+    for options in WAYS.values():
+        before = logits.clone()
+        chosen = chooser(TOKENIZER, **options)(ids, logits)
+        assert torch.equal(before, logits) and chosen.shape == (3,) and not {0, 1, 3} & set(chosen.tolist())
+
+
+def test_generation_stops_when_all_have_ended(monkeypatch):
+    model, calls = random_model(), []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, token: calls.append(1) or step(self, token))
+    longest = max(len(row) for row in theirs(model, EQUAL, 3, seed=0))
+    assert longest < 100 and ours(model, EQUAL, 3) and len(calls) == longest
