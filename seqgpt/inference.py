@@ -153,7 +153,7 @@ class Decoder:
         self.length += 1
         return self.model.lm_head(gpt.ln_f(x))
 
-# %% ../nbs/05_inference.ipynb #6ee2d02d
+# %% ../nbs/05_inference.ipynb #0006dfe5
 def chooser(
     tokenizer, # Of the model
     temperature: float = 1.0, # See `generate`
@@ -163,7 +163,7 @@ def chooser(
 ): # A function of ids, (sequences, tokens), and of the logits behind them, (sequences, vocabulary); it gives the next ids, (sequences,)
     "How next tokens are chosen: Transformers' ways, in its order."
     ways = [SuppressTokensLogitsProcessor([tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id])]
-    if repetition_penalty != 1: ways.insert(0, RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
+    if repetition_penalty != 1: ways.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
     if temperature not in (0, 1): ways.append(TemperatureLogitsWarper(float(temperature)))
     if temperature and top_k: ways.append(TopKLogitsWarper(top_k))
     if temperature and top_p < 1: ways.append(TopPLogitsWarper(top_p))

@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from seqgpt.inference import Decoder, chooser, encode_prompt, generate
+from seqgpt.inference import Decoder, chooser, encode_prompt, generate, stream
 from seqgpt.model import make_config, new_model
 from seqgpt.tokenizer import make_tokenizer
 
@@ -104,3 +104,11 @@ def test_generation_stops_when_all_have_ended(monkeypatch):
     monkeypatch.setattr(Decoder, "step", lambda self, token: calls.append(1) or step(self, token))
     longest = max(len(row) for row in theirs(model, EQUAL, 3, seed=0))
     assert longest < 100 and ours(model, EQUAL, 3) and len(calls) == longest
+
+
+def test_sequences_that_have_ended_get_padding():
+    torch.manual_seed(0)
+    rows = torch.stack([*stream(Decoder(random_model()), torch.ones(5, 1, dtype=torch.long), chooser(TOKENIZER), TOKENIZER)], 1).tolist()
+    ends = [row.index(2) for row in rows] # each has ended, and not all at once
+    assert len(set(ends)) > 1 and max(ends) == len(rows[0]) - 1
+    for row, end in zip(rows, ends): assert not any(row[end + 1:])
