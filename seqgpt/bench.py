@@ -451,10 +451,10 @@ def show_tricks(
         [row["name"], f"{row['tokens_per_second']['median']:,.0f}", quartiles(row["tokens_per_second"]), f"{row['gain']:+.0%}", f"{row['first_step']:.1f} s"] for row in found["rows"]])
     for name, why in found["left_out"].items(): tqdm.write(f"{name}: {why}")
 
-# %% ../nbs/11_bench.ipynb #b8b84279
+# %% ../nbs/11_bench.ipynb #98b73f09
 RECIPES = {
-    "digits": {"the defaults": {}, "quick": {"config": "quick"},
-               "record": {"config": "quick", "n_layer": 1, "n_embd": 256, "learning_rate": 8e-3, "max_steps": 64, "eval_steps": 64}},
+    "digits": {"the defaults": {}, "quick": {"config": "quick", "eval_steps": 90},
+               "record": {"config": "quick", "n_layer": 1, "n_embd": 256, "max_steps": 64, "eval_steps": 64}},
     "markov": {"the defaults": {"eval_steps": 200}, "quick": {"config": "quick", "eval_steps": 100},
                "record": {"config": "quick", "n_layer": 2, "max_steps": 700, "eval_steps": 700}},
 }
