@@ -273,6 +273,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'seqgpt.model.causal_attention': ('model.html#causal_attention', 'seqgpt/model.py'),
                               'seqgpt.model.count_parameters': ('model.html#count_parameters', 'seqgpt/model.py'),
                               'seqgpt.model.exact_loss': ('model.html#exact_loss', 'seqgpt/model.py'),
+                              'seqgpt.model.keep_memory': ('model.html#keep_memory', 'seqgpt/model.py'),
                               'seqgpt.model.load_model': ('model.html#load_model', 'seqgpt/model.py'),
                               'seqgpt.model.make_config': ('model.html#make_config', 'seqgpt/model.py'),
                               'seqgpt.model.new_model': ('model.html#new_model', 'seqgpt/model.py'),

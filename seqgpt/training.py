@@ -10,7 +10,7 @@ __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision
            'load_data', 'training_arguments', 'find_checkpoint', 'resume_command', 'begin_run', 'say_what_is_lacking',
            'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train']
 
-# %% ../nbs/04_training.ipynb #91e22eae
+# %% ../nbs/04_training.ipynb #45e9c395
 import json
 import logging
 import math
@@ -42,7 +42,7 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
 from .data import ByLength, Corpus, Split, class_names, collate, corpus_files, given_split, read_corpus, split_corpus
-from .model import TASKS, count_parameters, load_model, make_config, new_model, quicken, task_of
+from .model import TASKS, count_parameters, keep_memory, load_model, make_config, new_model, quicken, task_of
 from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_vocab, save_tokenizer
 
 # %% ../nbs/04_training.ipynb #5d6d7908
@@ -130,7 +130,7 @@ def pick_precision(
     has = torch.cpu.get_capabilities()
     return "bf16" if any(has.get(f) for f in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
 
-# %% ../nbs/04_training.ipynb #f3d990cd
+# %% ../nbs/04_training.ipynb #278b73a4
 class QuickTrainer(Trainer):
     "`Trainer` with sequences of the same length together, without attention masks, and on a CPU in 16 bits as a whole."
     def __init__(self, *args,
@@ -139,7 +139,7 @@ class QuickTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.half = half
-        if half: quicken(self.model)
+        if half: quicken(self.model); keep_memory()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = {name: t for name, t in inputs.items() if name != "attention_mask"} # padding stands on the right

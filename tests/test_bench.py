@@ -18,12 +18,16 @@ TINY = dict(rounds=1, steps=2, batch_size=2, length=34, n_layer=1, n_head=2, n_e
 EXTRA = {"x-transformers": "x_transformers", "Lightning": "lightning"}
 
 
+def no_compiler(function): raise RuntimeError("no compiler\nhere")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "A whole benchmark, small, on a machine without the extra packages: result, folder, what was printed."
     folder, find = tmp_path_factory.mktemp("bench")/"out", B.importlib.util.find_spec
     with pytest.MonkeyPatch.context() as patch, redirect(None) as (said, _):
         patch.setattr(B.importlib.util, "find_spec", lambda name: None if name in EXTRA.values() else find(name))
+        patch.setattr(torch, "compile", no_compiler)
         result = B.bench(str(folder), **TINY)
     return result, folder, said.getvalue()
 
@@ -31,7 +35,7 @@ def whole(tmp_path_factory):
 def test_every_part_and_contender_is_there(whole):
     result, folder, said = whole
     assert json.loads((folder/"benchmark.json").read_text()) == result and (folder/"benchmark.png").stat().st_size > 10_000
-    assert set(result) == {"machine", "settings", *B.PARTS} and result["settings"]["n_embd"] == 16
+    assert set(result) == {"machine", "settings", *B.PARTS} - {"quality"} and result["settings"]["n_embd"] == 16
     assert result["machine"]["torch"] == torch.__version__ and result["machine"]["processor"] and result["machine"]["date"]
     here = [name for name in B.contenders() if name not in EXTRA]
     assert [row["name"] for row in result["training"]["rows"]] == here and {"seqgpt", "Trainer, defaults", "plain loop"} <= set(here)
@@ -129,4 +133,37 @@ def test_a_command_that_fails_says_why():
 
 
 def test_any_part_can_be_drawn(whole):
-    for part in B.PARTS: plt.close(B.plot_bench({part: whole[0][part]}))
+    quality = {"rows": [{"corpus": "digits", "name": "quick", "target": 1.28, "seconds": 3.0}, {"corpus": "digits", "name": "never", "target": 1.28}]}
+    for part, found in {**whole[0], "quality": quality}.items():
+        if part in B.PARTS: plt.close(B.plot_bench({part: found}))
+
+
+def test_tricks_come_one_by_one(whole, tmp_path, monkeypatch):
+    rows = whole[0]["tricks"]["rows"]
+    assert rows[0]["name"] == "Trainer's defaults" and rows[0]["gain"] == 0 and len(rows) >= 4
+    assert whole[0]["tricks"]["left_out"] == {"torch.compile (left out)": "RuntimeError: no compiler here"} and "no compiler here" in whole[2]
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    setup = B.Setup(str(tmp_path), batch_size=2, length=34, n_layer=1, n_head=2, n_embd=16).write()
+    found = B.bench_tricks(setup, rounds=1, steps=1)
+    assert [row["name"] for row in found["rows"]] == [row["name"] for row in rows] + ["torch.compile (left out)"] and not found["left_out"]
+
+
+def test_race(tmp_path, capsys):
+    flags = {"config": "quick", "n_layer": 1, "n_head": 1, "n_embd": 8, "max_steps": 2, "eval_steps": 1}
+    found = B.bench_quality(tmp_path, {"digits": {"hopeless": flags}, "markov": {"hopeless": flags}})
+    digits, markov = found["rows"]
+    assert digits["target"] == 1.28 and 1.7 < markov["target"] < 2 and not {"seconds", "steps"} & {*digits, *markov}
+    assert digits["command"] == "seqgpt train --config quick --n_layer 1 --n_head 1 --n_embd 8 --max_steps 2 --eval_steps 1"
+    assert markov["command"] == digits["command"] + " --validation_fraction 0.05"
+    B.show_quality(found)
+    assert capsys.readouterr().out.count("never") == 2
+
+
+def test_the_clock_stops_where_it_is_good_enough(tmp_path):
+    stop, setup = B.StopAt(1000.0), B.Setup(str(tmp_path), length=34).write()
+    config = B.Config(f"{tmp_path}/data", output_dir=str(tmp_path/"run"), cache_dir=str(tmp_path), max_length=34, max_steps=9, eval_steps=3, n_layer=1, n_head=1, n_embd=8)
+    history = B.train(config, [stop]).history
+    assert stop.reached["steps"] == 3 == max(log["step"] for log in history) and stop.reached["tokens"] == 3*setup.tokens
+    assert 0 < stop.reached["seconds"] and 0 < stop.reached["processor_seconds"] and stop.reached["perplexity"] < 1000
+    B.train(B.replace(config, overwrite=True), [never := B.StopAt(1.0)])
+    assert never.reached is None
