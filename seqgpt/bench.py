@@ -457,10 +457,10 @@ def show_tricks(
         [row["name"], f"{row['tokens_per_second']['median']:,.0f}", quartiles(row["tokens_per_second"]), f"{row['gain']:+.0%}", f"{row['first_step']:.1f} s"] for row in found["rows"]])
     for name, why in found["left_out"].items(): tqdm.write(f"{name}: {why}")
 
-# %% ../nbs/11_bench.ipynb #70fbb45d
+# %% ../nbs/11_bench.ipynb #3b9597e6
 RECIPES = {
     "digits": {"the defaults": {}, "quick": {"config": "quick", "eval_steps": 90},
-               "record": {"config": "quick", "n_layer": 1, "n_embd": 256, "max_steps": 64, "eval_steps": 64}},
+               "record": {"config": "quick", "n_layer": 1, "n_embd": 256, "max_steps": 80, "eval_steps": 80}},
     "markov": {"the defaults": {"eval_steps": 200}, "quick": {"config": "quick", "num_epochs": 1, "eval_steps": 100},
                "record": {"config": "quick", "n_layer": 2, "max_steps": 700, "eval_steps": 700}},
 }
@@ -504,8 +504,9 @@ def show_quality(
     "Prints it as a table."
     for corpus in dict.fromkeys(row["corpus"] for row in found["rows"]):
         rows = [row for row in found["rows"] if row["corpus"] == corpus]
+        base = next((row["processor_seconds"] for row in rows if "seconds" in row), None)
         print_table([f"{corpus}, until PPL {rows[0]['target']:.4g}", "threads", "time", "of processors", "times as soon", "steps", "tokens", "PPL"], [
-            [row["name"], row["threads"], minutes(row["seconds"]), minutes(row["processor_seconds"]), f"{rows[0]['processor_seconds']/row['processor_seconds']:.0f}", f"{row['steps']:,}", f"{row['tokens']:,}", f"{row['perplexity']:.4g}"]
+            [row["name"], row["threads"], minutes(row["seconds"]), minutes(row["processor_seconds"]), f"{base/row['processor_seconds']:.0f}", f"{row['steps']:,}", f"{row['tokens']:,}", f"{row['perplexity']:.4g}"]
             if "seconds" in row else [row["name"], row["threads"], "never"] + [""]*5 for row in rows])
         for row in rows: tqdm.write(f"  {row['date']}, {row['name']}: {row['command']}")
 
