@@ -396,7 +396,7 @@ def show_training(
 
 megabytes = lambda m: "" if m is None else f"{m:,.0f} MB"
 
-# %% ../nbs/11_bench.ipynb #155ab174
+# %% ../nbs/11_bench.ipynb #79339144
 def bench_tricks(
     setup: Setup, # With a corpus
     rounds: int = 5, # How often each has its turn
@@ -433,9 +433,10 @@ def bench_tricks(
     calls, first, options = {}, {}, {}
     for name, trick in tqdm(tricks.items(), desc="Tricks, warm-up", leave=False):
         options |= trick
-        calls[name] = make(**options)
-        try: first[name] = [seconds_of(calls[name]) for _ in range(WARM_UP)][0]
-        except Exception as e: left_out[name] = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"; del calls[name] # without a C++ compiler, say
+        try:
+            calls[name] = make(**options)
+            first[name] = [seconds_of(calls[name]) for _ in range(WARM_UP)][0]
+        except Exception as e: left_out[name] = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"; calls.pop(name, None) # without a C++ compiler, say
     left = calls.pop("torch.compile (left out)", None)
     seconds = take_turns(calls, rounds, steps, "Tricks")
     keep_memory() # for good, so it comes behind all that do without
