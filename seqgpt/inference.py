@@ -94,14 +94,14 @@ def plot_next(
     ax.invert_yaxis()
     return fig
 
-# %% ../nbs/05_inference.ipynb #b40768ea
+# %% ../nbs/05_inference.ipynb #bef4ba4b
 def linear(
     x: torch.Tensor, # (sequences, in)
     weight: torch.Tensor, # (in, out), as GPT-2 has it
     bias: torch.Tensor, # (out,)
 ) -> torch.Tensor: # (sequences, out)
     "A layer of GPT-2, for a few rows."
-    if x.shape[0] > 1 and x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if x.shape[0] > 1 and x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"): # no public name of PyTorch
         return torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "")
     return torch.addmm(bias, x, weight)
 

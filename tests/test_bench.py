@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from seqgpt import bench as B
+from seqgpt.cli import main
 from seqgpt.tokenizer import InputError
 from seqgpt.training import pick_precision
 
@@ -148,13 +149,17 @@ def test_tricks_come_one_by_one(whole, tmp_path, monkeypatch):
     assert [row["name"] for row in found["rows"]] == [row["name"] for row in rows] + ["torch.compile (left out)"] and not found["left_out"]
 
 
-def test_race(tmp_path, capsys):
+def test_race(tmp_path, capsys, monkeypatch):
     flags = {"config": "quick", "n_layer": 1, "n_head": 1, "n_embd": 8, "max_steps": 2, "eval_steps": 1}
     found = B.bench_quality(tmp_path, {"digits": {"hopeless": flags}, "markov": {"hopeless": flags}})
     digits, markov = found["rows"]
     assert digits["target"] == 1.28 and 1.7 < markov["target"] < 2 and not digits["reached"] and not markov["reached"] and digits["steps"] == markov["steps"] == 2
-    assert digits["command"] == "seqgpt train --config quick --n_layer 1 --n_head 1 --n_embd 8 --max_steps 2 --eval_steps 1"
-    assert markov["command"] == digits["command"] + " --validation_fraction 0.05"
+    assert digits["command"] == "seqgpt train --config quick --n_layer 1 --n_head 1 --n_embd 8 --max_steps 2 --eval_steps 1 --data_path digits --validation_fraction 0.2"
+    (tmp_path/"data").mkdir()
+    monkeypatch.chdir(tmp_path/"data")
+    for corpus, row in zip(("digits", "markov"), found["rows"]): # the command for the data writes what was trained on
+        assert main(row["data"].split()[1:]) == 0
+        assert (tmp_path/"data"/corpus/"sequences.jsonl").read_bytes() == (tmp_path/corpus/"sequences.jsonl").read_bytes()
     B.show_quality(found)
     assert capsys.readouterr().out.count(" > 0:") == 4
 
