@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['CELL_COLOURS', 'BadLine', 'symbol_ids', 'frame', 'unframed', 'read_label', 'parse_line', 'corpus_files', 'read_lines',
-           'Problems', 'cut', 'fingerprint', 'Corpus', 'encode_rows', 'id_type', 'write_arrow', 'read_corpus', 'Split',
-           'split_corpus', 'given_split', 'class_names', 'collate', 'cell_colours', 'plot_batch', 'ByLength',
-           'write_corpus']
+           'Problems', 'cut', 'fingerprint', 'Corpus', 'encode_rows', 'id_type', 'write_arrow', 'written_whole', 'sync',
+           'swap', 'remove', 'alone', 'sweep', 'read_corpus', 'Split', 'split_corpus', 'given_split', 'class_names',
+           'collate', 'cell_colours', 'plot_batch', 'ByLength', 'write_corpus']
 
-# %% ../nbs/01_data.ipynb #e6bd09e9
+# %% ../nbs/01_data.ipynb #57fb7af1
+import contextlib
+import ctypes
 import gzip
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
+import shutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from matplotlib.colors import to_rgb
 from sklearn.model_selection import train_test_split
 from torch.nn.utils.rnn import pad_sequence
@@ -254,7 +259,81 @@ def write_arrow(
             if len(held) == batch: write(held); held = []
         if held: write(held)
 
-# %% ../nbs/01_data.ipynb #5288a01e
+# %% ../nbs/01_data.ipynb #e95b5b68
+@contextlib.contextmanager
+def written_whole(
+    path: str | Path, # A file, or a folder
+):
+    "Yields a name beside `path` to write a file or a folder to; it takes the place of `path` when all of it is on the disk, and is deleted after an error."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        for p in (*part.rglob("*"), part): sync(p)
+        swap(part, path) if path.is_dir() else os.replace(part, path)
+        sync(path.parent)
+    except Exception as e: # an error of the disk is to name the file that could not be written; libraries in Rust have their own errors
+        number = e.errno if isinstance(e, OSError) else next(map(int, re.findall(r"os error (\d+)", str(e))), None)
+        if number and (not getattr(e, "filename", None) or part.name in str(e.filename)): raise OSError(number, os.strerror(number), str(path)) from e
+        raise
+    finally: remove(part)
+
+def sync(
+    path: Path, # A file or a folder
+):
+    "Waits until `path` is on the disk; see `man fsync`."
+    if os.name != "posix": return
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def swap(
+    one: Path, # A folder
+    other: Path, # Another, beside it
+):
+    "Has two folders change names: in one step on Linux (`man renameat2`), elsewhere in three."
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        here, exchange = -100, 2
+        if ctypes.CDLL(None).renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0: return
+    for old, new in ((other, between := one.with_suffix(".old")), (one, other), (between, one)): os.replace(old, new)
+
+def remove(
+    path: Path, # A file or a folder, if it is there
+):
+    "Deletes `path`."
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
+    else: path.unlink(missing_ok=True)
+
+# %% ../nbs/01_data.ipynb #bb151d33
+@contextlib.contextmanager
+def alone(
+    path: Path, # Of the lock
+    taken: str, # What to say where another process holds it
+    wait: bool = False, # Whether to wait for the other then, instead of raising `InputError`
+):
+    "Does what follows while no other process does what it has this lock for."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try: lock.acquire(blocking=False)
+    except Timeout:
+        if not wait: raise InputError(taken) from None
+        tqdm.write(taken)
+        lock.acquire()
+    try: yield
+    finally: lock.release()
+
+def sweep(
+    folder: Path,
+    name: str = "*", # Of what was to be written
+):
+    "Deletes what a process left half-written in `folder` when it was killed, and finishes a `swap`; to be called where no one else writes."
+    for old in folder.glob(f".{name}.old"):
+        proper = folder/old.name[1:].rsplit(".", 2)[0]
+        remove(old) if proper.exists() else os.replace(old, proper)
+    for part in folder.glob(f".{name}.part"): remove(part)
+
+# %% ../nbs/01_data.ipynb #e6ac5207
 def read_corpus(
     data_path: str | Path, # A JSON Lines file, plain or gzip, or a folder of them
     tokenizer, # From `make_tokenizer`
@@ -273,16 +352,16 @@ def read_corpus(
     key = fingerprint(files, 3, sorted(tokenizer.get_vocab().items()), specials, settings, len(files) > 1 and [p.name for p in files])
     cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE)/"seqgpt")
     arrow, account = cache/f"{key}.arrow", cache/f"{key}.json"
-    if not account.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        problems, report, part = Problems(), Counter(), cache/f"{key}.{os.getpid()}.part"
-        try:
-            write_arrow(encode_rows(files, tokenizer, max_length, long, classes, problems, report), part, id_type(len(tokenizer)), report)
-            os.replace(part, arrow)
-            part.write_text(json.dumps({**dict.fromkeys(["sequences", "longest", "long_sequences", "tokens_lost", "pieces", "lines"], 0), **report,
-                **settings, "problems": str(problems), "skipped": problems.counts.total(), "fingerprint": key}))
-            os.replace(part, account)
-        finally: part.unlink(missing_ok=True)
+    encoded = lambda: arrow.exists() and account.exists()
+    if not encoded():
+        with alone(cache/f"{key}.lock", "Another process is encoding the same data; waiting for it.", wait=True):
+            if not encoded():
+                sweep(cache, f"{key}.*")
+                problems, report = Problems(), Counter()
+                with written_whole(arrow) as part: write_arrow(encode_rows(files, tokenizer, max_length, long, classes, problems, report), part, id_type(len(tokenizer)), report)
+                with written_whole(account) as part:
+                    part.write_text(json.dumps({**dict.fromkeys(["sequences", "longest", "long_sequences", "tokens_lost", "pieces", "lines"], 0), **report,
+                        **settings, "problems": str(problems), "skipped": problems.counts.total(), "fingerprint": key}))
     report = json.loads(account.read_text())
     if report["skipped"] and not (skip_bad_lines and report["sequences"]):
         example = {"tokens": ["a", "b"]} | ({} if classes is None else {"label": (classes or ["name"])[0]})
@@ -423,7 +502,7 @@ class ByLength(torch.utils.data.Sampler):
         rest = [batches.pop()] if len(self) % self.batch_size else [] # a smaller batch stays the last one
         return iter(shuffled[np.concatenate(sorted(batches, key=min) + rest)].tolist())
 
-# %% ../nbs/01_data.ipynb #6607b41d
+# %% ../nbs/01_data.ipynb #d759d4ac
 def write_corpus(
     folder: str | Path, # Made if it is not there
     sequences, # An iterable of sequences of symbols
@@ -436,11 +515,10 @@ def write_corpus(
     make_tokenizer(vocab)
     labels = [None]*len(sequences) if labels is None else list(labels)
     if len(labels) != len(sequences): raise InputError(f"{len(sequences)} sequences but {len(labels)} labels. Give one label for each, or none.")
-    folder.mkdir(parents=True, exist_ok=True)
     for name in ("vocab.json", "sequences.jsonl"):
         if (folder/name).exists(): raise InputError(f"{folder/name}: is there already. Choose another folder, or move it away.")
-    (folder/"vocab.json").write_text(json.dumps(vocab, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
-    with open(folder/"sequences.jsonl", "w", encoding="utf-8") as f:
+    with written_whole(folder/"sequences.jsonl") as part, open(part, "w", encoding="utf-8") as f:
         for tokens, label in zip(sequences, labels):
             f.write(json.dumps({"tokens": tokens} | ({} if label is None else {"label": label}), ensure_ascii=False) + "\n")
+    with written_whole(folder/"vocab.json") as part: part.write_text(json.dumps(vocab, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
