@@ -13,7 +13,7 @@ __all__ = ['quartiles', 'DTYPES', 'SYMBOLS', 'LONG', 'adamw', 'WARM_UP', 'megaby
            'bench_data', 'show_data', 'bench_startup', 'show_startup', 'plot_bars', 'plot_lines', 'plot_bench',
            'machine', 'bench']
 
-# %% ../nbs/11_bench.ipynb #97717a2b
+# %% ../nbs/11_bench.ipynb #b0e6865b
 import copy
 import importlib.metadata
 import importlib.util
@@ -44,7 +44,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, 
 
 from .cli import preset
 from .corpora import load_source, make_markov, write_digits, write_markov
-from .data import Corpus, read_corpus
+from .data import Corpus, read_corpus, written_whole
 from .evaluation import evaluate, source_scores
 from .inference import generate
 from .model import exact_loss, keep_memory, make_config, new_model, quicken
@@ -746,7 +746,7 @@ def plot_bench(
             top -= heights[part] + below[part]
     return fig
 
-# %% ../nbs/11_bench.ipynb #c8d8bb09
+# %% ../nbs/11_bench.ipynb #a4a74ab9
 def machine() -> dict[str, str | int]:
     "What it was measured on, and when."
     try: processor = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
@@ -791,8 +791,8 @@ def bench(
             result[part] = measure[part]()
             tqdm.write("")
             SHOW[part](result[part])
-            (out/"benchmark.json").write_text(json.dumps(result, indent=1) + "\n") # what is done is safe
-    plot_bench(result).savefig(out/"benchmark.png", dpi=150)
+            with written_whole(out/"benchmark.json") as part: part.write_text(json.dumps(result, indent=1) + "\n") # what is done is safe
+    with written_whole(out/"benchmark.png") as part: plot_bench(result).savefig(part, format="png", dpi=150)
     plt.close()
     tqdm.write(f"\nWrote {out}/benchmark.json and benchmark.png.")
     return result

@@ -7,7 +7,7 @@ __all__ = ['RULE', 'digit_images', 'quantize', 'plot_images', 'digit_vocab', 'im
            'write_digits', 'load_images', 'DigitJudge', 'MarkovSource', 'make_markov', 'limits', 'credit',
            'expected_limits', 'write_markov', 'load_source', 'possible_pairs']
 
-# %% ../nbs/02_corpora.ipynb #5b3911bb
+# %% ../nbs/02_corpora.ipynb #962616da
 import json
 import re
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
-from .data import corpus_files, read_lines, write_corpus
+from .data import corpus_files, read_lines, write_corpus, written_whole
 from .tokenizer import InputError, read_vocab
 
 # %% ../nbs/02_corpora.ipynb #2f8db0cb
@@ -319,7 +319,7 @@ def expected_limits(
         if t >= source.order: share = (flow @ (share[..., None]*source.probabilities).reshape(classes, -1).T).T
     return {"perplexity": float(np.exp(nats / tokens)), "accuracy": float(right / tokens), "tokens": float(tokens)}
 
-# %% ../nbs/02_corpora.ipynb #fa6dc3e8
+# %% ../nbs/02_corpora.ipynb #b6c3ce34
 RULE = ("The class is uniform over the rows of `probabilities`, the length (tokens, with <bos> and <eos>) uniform from min_length to max_length, the first symbol uniform over `symbols`. "
         "Symbol x is followed by symbols[successors[x][r]] with probability probabilities[class][state][r]. Order 1: state = x. "
         "Order 2: state = len(successors[w])*w + rank of x among successors[w], for w before x; the second symbol, with no w before its x, has every r equally likely.")
@@ -332,12 +332,13 @@ def write_markov(
 ) -> tuple[list[list[str]], list[int]]: # The sequences and their classes
     "Writes a corpus drawn from `source`, and `source.json`; raises `InputError` where a corpus is in the way."
     if num_sequences < 1: raise InputError(f"num_sequences is {num_sequences}. It must be at least 1.")
-    if (Path(folder)/"source.json").exists(): raise InputError(f"{folder}/source.json: is there already. Choose another folder, or move it away.")
+    for name in ("source.json", "sequences.jsonl", "vocab.json"):
+        if (Path(folder)/name).exists(): raise InputError(f"{folder}/{name}: is there already. Choose another folder, or move it away.")
     sequences, labels = source.draw(num_sequences, seed)
-    write_corpus(folder, sequences, labels, {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *source.symbols])})
     tables = {"successors": source.successors.tolist(), "probabilities": source.probabilities.tolist()}
     about = {"kind": "markov", "rule": RULE, "order": source.order, "min_length": source.min_length, "max_length": source.max_length, "symbols": source.symbols}
-    (Path(folder)/"source.json").write_text(json.dumps(about | tables) + "\n", encoding="utf-8")
+    with written_whole(Path(folder)/"source.json") as part: part.write_text(json.dumps(about | tables) + "\n", encoding="utf-8")
+    write_corpus(folder, sequences, labels, {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *source.symbols])})
     return sequences, labels
 
 def load_source(

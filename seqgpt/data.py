@@ -259,7 +259,7 @@ def write_arrow(
             if len(held) == batch: write(held); held = []
         if held: write(held)
 
-# %% ../nbs/01_data.ipynb #e95b5b68
+# %% ../nbs/01_data.ipynb #cf748768
 @contextlib.contextmanager
 def written_whole(
     path: str | Path, # A file, or a folder
@@ -301,9 +301,10 @@ def swap(
 def remove(
     path: Path, # A file or a folder, if it is there
 ):
-    "Deletes `path`."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-    else: path.unlink(missing_ok=True)
+    "Deletes `path`; a folder loses its name first, so that it never stands there in part."
+    if not path.is_dir() or path.is_symlink(): return path.unlink(missing_ok=True)
+    if not path.name.startswith("."): path = path.rename(path.with_name(f".{path.name}.{os.getpid()}.part"))
+    shutil.rmtree(path)
 
 # %% ../nbs/01_data.ipynb #bb151d33
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ __all__ = ['perplexity_of', 'accuracy_of', 'BINS', 'short_name', 'token_scores',
            'plot_distances', 'plot_drawn', 'plot_evaluation', 'training_split', 'evaluate_folder', 'evaluation_data',
            'write_evaluation']
 
-# %% ../nbs/06_evaluation.ipynb #f2260988
+# %% ../nbs/06_evaluation.ipynb #292b4403
 import json
 import math
 import warnings
@@ -32,7 +32,7 @@ from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
 from .corpora import MarkovSource, load_source, possible_pairs
-from .data import Split, class_names, collate, given_split, read_corpus, unframed
+from .data import Split, class_names, collate, given_split, read_corpus, unframed, written_whole
 from .inference import generate
 from .model import load_model
 from .tokenizer import InputError, html_table, load_tokenizer
@@ -500,7 +500,7 @@ def training_split(
         raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same.\nName other sequences with --data_path (evaluate) or --prompt_file (infer).")
     return split
 
-# %% ../nbs/06_evaluation.ipynb #7cd501a1
+# %% ../nbs/06_evaluation.ipynb #d138af8e
 def evaluate_folder(
     model_path: str | Path, # A folder such as outputs/best_model
     data_path: str | Path | None = None, # Sequences to evaluate on; default: the validation set of the training
@@ -547,10 +547,9 @@ def write_evaluation(
 ):
     "Writes `metrics.json` and `evaluation.png`."
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    (out/"metrics.json").write_text(json.dumps(evaluation.metrics, indent=1) + "\n")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), written_whole(out/"evaluation.png") as part:
         warnings.filterwarnings("ignore", "Glyph") # a label in letters that the font lacks
         figure = plot(evaluation)
-        figure.savefig(out/"evaluation.png", dpi=120)
+        figure.savefig(part, format="png", dpi=120)
     plt.close(figure)
+    with written_whole(out/"metrics.json") as part: part.write_text(json.dumps(evaluation.metrics, indent=1) + "\n")

@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision', 'QuickTrainer', 'token_sums', 'token_metrics',
            'ExactMetrics', 'Muon', 'class_loss', 'balanced_weights', 'class_guesses', 'macro_f1', 'class_metrics',
-           'StopOnSignal', 'Interrupted', 'Diverged', 'StopWhenNotFinite', 'write_config', 'read_config', 'model_card',
-           'save_model', 'Bar', 'recent_loss', 'KeepBest', 'validation_metrics', 'start_from', 'load_vocab',
-           'load_data', 'training_arguments', 'find_checkpoint', 'resume_command', 'begin_run', 'say_what_is_lacking',
-           'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train']
+           'save_state', 'load_state', 'checkpoints_in', 'read_checkpoint', 'StopOnSignal', 'Interrupted', 'Diverged',
+           'StopWhenNotFinite', 'write_config', 'read_config', 'model_card', 'save_model', 'Bar', 'recent_loss',
+           'KeepBest', 'out_of_patience', 'validation_metrics', 'start_from', 'load_vocab', 'load_data',
+           'training_arguments', 'Finished', 'find_checkpoint', 'run_identity', 'resume_command', 'begin_run',
+           'say_what_is_lacking', 'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train',
+           'run_trainer']
 
-# %% ../nbs/04_training.ipynb #45e9c395
+# %% ../nbs/04_training.ipynb #e2a8d2e0
+import contextlib
 import json
 import logging
 import math
 import os
+import random
 import shlex
-import shutil
 import signal
 import threading
 import time
@@ -32,16 +35,22 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate.utils import gather_object
+from fastcore.basics import patch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from sklearn.metrics import f1_score
 from torch.func import functional_call
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
-from transformers import GPT2Config, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import GPT2Config, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.optimization import get_scheduler
-from transformers.trainer_utils import get_last_checkpoint
 
-from .data import ByLength, Corpus, Split, class_names, collate, corpus_files, given_split, read_corpus, split_corpus
+from seqgpt.data import (
+    ByLength, Corpus, Split, alone, class_names, collate, corpus_files, fingerprint, given_split, read_corpus, remove, split_corpus, sweep, written_whole,
+)
 from .model import TASKS, count_parameters, keep_memory, load_model, make_config, new_model, quicken, task_of
 from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_vocab, save_tokenizer
 
@@ -256,10 +265,101 @@ def class_metrics(
     share = None if weights is None else weights.numpy()[truth]
     return {"loss": float(np.average(nats, weights=share)), "accuracy": float((guess == truth).mean()), "macro_f1": macro_f1(truth, guess)}
 
-# %% ../nbs/04_training.ipynb #ae1b56e8
+# %% ../nbs/04_training.ipynb #38ea75ad
+def save_state(
+    path: Path, # A safetensors file
+    **state, # Tensors, numbers and texts, also in dictionaries and lists
+):
+    "Writes `state` so that it can be read without running anything."
+    tensors = {}
+    def pack(x):
+        if isinstance(x, torch.Tensor):
+            tensors[str(len(tensors))] = x.detach().clone().contiguous()
+            return {"tensor": str(len(tensors) - 1)}
+        if isinstance(x, dict): return {"items": [[k, pack(v)] for k, v in x.items()]} # JSON has no numbers for keys
+        return [pack(v) for v in x] if isinstance(x, (list, tuple)) else x
+    form = json.dumps(pack(state))
+    save_file(tensors, path, {"form": form})
+
+def load_state(
+    path: Path, # What `save_state` wrote
+    *names: str, # Of the parts that are wanted
+) -> list: # The parts; tuples have become lists
+    "Reads parts of a state; raises `SafetensorError`, `OSError` or `ValueError` where that is not one."
+    with safe_open(path, "pt") as f:
+        def unpack(x):
+            if isinstance(x, list): return [unpack(v) for v in x]
+            if not isinstance(x, dict): return x
+            return f.get_tensor(x["tensor"]) if "tensor" in x else {k: unpack(v) for k, v in x["items"]}
+        parts = dict(json.loads(f.metadata()["form"])["items"])
+        return [unpack(parts[name]) for name in names]
+
+# %% ../nbs/04_training.ipynb #406f7b0a
+@patch
+def _save_checkpoint(self: QuickTrainer, model, trial):
+    if self.is_fsdp_enabled: return Trainer._save_checkpoint(self, model, trial) # the parts of the model lie in several processes
+    self.store_flos()
+    name, key, *rest = np.random.get_state()
+    mine = {"python": random.getstate(), "numpy": [name, key.tolist(), *rest], "torch": torch.get_rng_state(), "loss": self._tr_loss.cpu(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    processes, scaler = gather_object([mine]), self.accelerator.scaler
+    if not self.args.should_save: return
+    folder = Path(self.args.output_dir)
+    with written_whole(folder/f"checkpoint-{self.state.global_step}") as part:
+        self.accelerator.unwrap_model(self.model).save_pretrained(part)
+        save_state(part/"state.safetensors", optimizer=self.optimizer.state_dict()["state"], schedule=self.lr_scheduler.state_dict(), scaler=scaler.state_dict() if scaler else {},
+                   last_logged=self._globalstep_last_logged, processes=processes)
+        self.state.save_to_json(part/"trainer_state.json")
+    for old in checkpoints_in(folder)[2:]: remove(old)
+
+@patch
+def _load_optimizer_and_scheduler(self: QuickTrainer, checkpoint):
+    if checkpoint is None or self.is_fsdp_enabled: return Trainer._load_optimizer_and_scheduler(self, checkpoint)
+    state, saved, scaler = load_state(Path(checkpoint)/"state.safetensors", "optimizer", "schedule", "scaler")
+    schedule, by_formula = self.lr_scheduler, isinstance(self.lr_scheduler, LambdaLR)
+    self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+    schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs} if by_formula else saved)
+    if by_formula: schedule._last_lr = [base*f(schedule.last_epoch) for base, f in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    for group, lr in zip(self.optimizer.param_groups, schedule._last_lr): group["lr"] = lr
+    if scaler and self.accelerator.scaler: self.accelerator.scaler.load_state_dict(scaler)
+
+@patch
+def _load_scaler(self: QuickTrainer, checkpoint):
+    if self.is_fsdp_enabled: Trainer._load_scaler(self, checkpoint)
+
+@patch
+def _load_rng_state(self: QuickTrainer, checkpoint):
+    if checkpoint is None or self.is_fsdp_enabled: return Trainer._load_rng_state(self, checkpoint)
+    processes, self._globalstep_last_logged = load_state(Path(checkpoint)/"state.safetensors", "processes", "last_logged")
+    mine = processes[self.args.process_index]
+    version, state, gauss = mine["python"]
+    random.setstate((version, tuple(state), gauss))
+    np.random.set_state(mine["numpy"])
+    torch.set_rng_state(mine["torch"])
+    if torch.cuda.is_available() and mine["cuda"]: torch.cuda.set_rng_state_all(mine["cuda"])
+    self._tr_loss = mine["loss"].to(self.args.device)
+
+def checkpoints_in(
+    folder: Path, # Such as outputs/checkpoints
+) -> list[Path]: # The newest first
+    "The checkpoints in a folder."
+    found = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()]
+    return sorted(found, key=lambda p: int(p.name[11:]), reverse=True)
+
+def read_checkpoint(
+    checkpoint: Path,
+) -> TrainerState | None: # None where the checkpoint is damaged; that is said
+    "What `Trainer` wrote down until then."
+    try:
+        for name in ("model.safetensors", "state.safetensors"):
+            with safe_open(checkpoint/name, "pt"): pass # looks whether the file is as long as it says
+        return TrainerState.load_from_json(checkpoint/"trainer_state.json")
+    except (OSError, TypeError, ValueError, SafetensorError) as e: tqdm.write(f"{checkpoint}: is damaged ({' '.join(str(e).split())[:100]}), and left alone.")
+
+# %% ../nbs/04_training.ipynb #ae6a445d
 class StopOnSignal(TrainerCallback):
-    "Ctrl-C (SIGINT) or SIGTERM finish the step, save a checkpoint and stop; twice: at once. Used as a context around the training."
-    asked = False
+    "Ctrl-C (SIGINT) or SIGTERM finish the step, save a checkpoint and stop; once more a second later: at once. Used as a context around the training."
+    asked, when = False, math.inf
 
     def __enter__(self):
         main = threading.current_thread() is threading.main_thread() # only there can signals be received
@@ -270,10 +370,14 @@ class StopOnSignal(TrainerCallback):
         for s, handler in self.before.items(): signal.signal(s, handler)
 
     def ask(self, *_):
-        if self.asked: raise KeyboardInterrupt
-        self.asked = True
+        if time.monotonic() - self.when > 1: raise KeyboardInterrupt # what starts several processes may pass a signal on twice
+        self.asked, self.when = True, min(self.when, time.monotonic())
 
     def on_step_end(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            asked = torch.tensor(float(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.asked = bool(asked)
         if self.asked: control.should_save = control.should_training_stop = True
 
 class Interrupted(KeyboardInterrupt):
@@ -292,13 +396,13 @@ class StopWhenNotFinite(TrainerCallback):
                 raise Diverged(f"The {name} at step {state.global_step} is {logs[name]}: training has diverged. {kept}\n"
                                f"Start again with a lower --learning_rate (it was {args.learning_rate:g}), --warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
 
-# %% ../nbs/04_training.ipynb #29b095e8
+# %% ../nbs/04_training.ipynb #faf1f56b
 def write_config(
     config: Config,
     path: str | Path, # A YAML file
 ):
     "Writes the resolved configuration, to be used again with `--config`."
-    Path(path).write_text(yaml.safe_dump({**asdict(config), "overwrite": False, "resume": False}, sort_keys=False), encoding="utf-8")
+    with written_whole(path) as part: part.write_text(yaml.safe_dump({**asdict(config), "overwrite": False, "resume": False}, sort_keys=False), encoding="utf-8")
 
 def read_config(
     path: str | Path, # What `write_config` wrote
@@ -342,7 +446,7 @@ on `{config.data_path}`, validated on {f"`{config.validation_path}`" if config.v
 ```
 """
 
-# %% ../nbs/04_training.ipynb #b633b9c4
+# %% ../nbs/04_training.ipynb #26f847ad
 def save_model(
     folder: str | Path, # Where it shall stand
     model, # A GPT-2
@@ -351,19 +455,14 @@ def save_model(
     metrics: dict[str, float], # How well it does on the validation set
 ):
     "Writes model, tokenizer, configuration, metrics and model card: all of it or nothing."
-    folder = Path(folder)
-    new, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
-    for stale in (new, old): shutil.rmtree(stale, ignore_errors=True)
-    use_cache, model.config.use_cache = model.config.use_cache, True # Trainer turned it off; whoever generates wants it
-    model.save_pretrained(new)
-    model.config.use_cache = use_cache
-    save_tokenizer(tokenizer, new)
-    write_config(config, new/"config.yaml")
-    (new/"metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    (new/"README.md").write_text(model_card(model, tokenizer, config, metrics), encoding="utf-8")
-    if folder.exists(): os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with written_whole(folder) as part:
+        use_cache, model.config.use_cache = model.config.use_cache, True # Trainer turned it off; whoever generates wants it
+        model.save_pretrained(part)
+        model.config.use_cache = use_cache
+        save_tokenizer(tokenizer, part)
+        write_config(config, part/"config.yaml")
+        (part/"metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        (part/"README.md").write_text(model_card(model, tokenizer, config, metrics), encoding="utf-8")
 
 # %% ../nbs/04_training.ipynb #b26285d4
 class Bar(ProgressCallback):
@@ -386,7 +485,7 @@ def recent_loss(
         if "loss" in log: losses.append(log["loss"])
     return sum(losses)/len(losses) if losses else math.nan
 
-# %% ../nbs/04_training.ipynb #89192fc0
+# %% ../nbs/04_training.ipynb #3ef7a047
 class KeepBest(TrainerCallback):
     "At each validation: prints a line, writes `best_model` where the loss is the lowest so far, stops where it no longer falls."
     def __init__(self,
@@ -401,17 +500,17 @@ class KeepBest(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs): self.seconds += time.perf_counter() - self.started
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps) # a resumed run validates as often as it is told now
         self.tokens = state.num_input_tokens_seen
         level, more = ("PPL", "") if self.config.task == "clm" else ("loss", f" {'macro F1':>9}")
         self.head = f"{'epoch':>6} {'step':>7} {f'train {level}':>10} {f'val {level}':>9} {'accuracy':>9}{more} {'tokens/s':>9}\n"
 
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         best = state.best_metric is None or metrics["eval_loss"] < state.best_metric
-        without = 0 if best else sum("eval_loss" in log and log["step"] > state.best_global_step for log in state.log_history)
-        if 0 < self.config.early_stopping_patience <= without: control.should_training_stop = True
+        if not best and out_of_patience(self.config, state): control.should_training_stop = True
         if not state.is_world_process_zero: return
         found = validation_metrics(state.log_history)
-        if best: save_model(self.output_dir/"best_model", model, self.tokenizer, self.config, found)
+        if best or not (self.output_dir/"best_model").exists(): save_model(self.output_dir/"best_model", model, self.tokenizer, self.config, found)
         speed = (state.num_input_tokens_seen - self.tokens) / self.seconds if self.seconds else math.nan
         self.seconds, self.tokens = 0, state.num_input_tokens_seen
         level = next(iter(found)) # perplexity or loss
@@ -419,6 +518,13 @@ class KeepBest(TrainerCallback):
         tqdm.write(f"{self.head}{found['epoch']:6.2f} {found['step']:7} {found.get(f'train_{level}', math.nan):10.4g} {found[level]:9.4g} {found['accuracy']:9.2%}{more} "
                    f"{speed:9,.0f}{'  best so far' if best else ''}")
         self.head = "" # once, above the first line: in Jupyter, `Trainer`'s own table comes in between
+
+def out_of_patience(
+    config: Config,
+    state: TrainerState,
+) -> bool:
+    "Whether the validations since the best one are as many as the patience."
+    return 0 < config.early_stopping_patience <= sum("eval_loss" in log and log["step"] > (state.best_global_step or 0) for log in state.log_history)
 
 def validation_metrics(
     history: list[dict], # What `Trainer` wrote down
@@ -500,39 +606,57 @@ def training_arguments(
     args.logging_steps = min(config.logging_steps, args.eval_steps, args.max_steps)
     return args
 
-# %% ../nbs/04_training.ipynb #3eed99b2
+# %% ../nbs/04_training.ipynb #2420e0dd
 for place, harmless in {"trainer": "['lm_head.weight']", # not in a checkpoint: tied to the token embedding, which is
                         "modeling_utils": "your input_ids may be padded", # on the right, where no token looks
-                        "trainer_utils": "mtime may not be reliable"}.items(): # then checkpoints are told apart by their numbers
+                        "trainer_utils": "arguments do not match the ones in"}.items(): # validating more or less often than before the interruption is allowed
     logging.getLogger(f"transformers.{place}").addFilter(lambda record, harmless=harmless: harmless not in record.getMessage())
+
+class Finished(InputError):
+    "A run that was to be resumed is finished; `run` holds it."
+    def __init__(self, message, run): super().__init__(message); self.run = run
 
 def find_checkpoint(
     config: Config,
-    fingerprint: str, # Of the encoded data
-    total_steps: int, # When the run will be finished
-) -> str | None: # Folder of the newest checkpoint, where `config.resume` asks for one
-    "Where to go on from; raises `InputError` where a run is in the way or does not fit."
+    args: TrainingArguments,
+    identity: dict, # From `run_identity`
+) -> tuple[Path | None, bool]: # Newest checkpoint that is whole, where `config.resume` asks for one, and whether it holds the last step
+    "Where to go on from; raises `InputError` where a run is in the way or does not fit, `Finished` where nothing is left to do."
     out = Path(config.output_dir)
-    checkpoint = get_last_checkpoint(out/"checkpoints") if (out/"checkpoints").is_dir() else None
-    if config.overwrite: return None
+    if config.overwrite: return None, False
+    checkpoint, state = next(((c, s) for c in checkpoints_in(out/"checkpoints") if (s := read_checkpoint(c))), (None, None))
     if not config.resume or checkpoint is None:
-        if checkpoint or any((out/name).exists() for name in ("best_model", "final_model")):
+        models = [name for name in ("best_model", "final_model") if (out/name).exists()]
+        early = config.resume and models == ["best_model"] and json.loads((out/"best_model/metrics.json").read_text())["step"] <= args.eval_steps # killed between the model and the first checkpoint
+        if (checkpoint or models) and not early:
             go_on = "Go on with it (--resume), replace" if checkpoint else "There is no checkpoint to go on from; replace"
             raise InputError(f"{out}: holds an earlier run. {go_on} it (--overwrite) or choose another --output_dir.")
         if config.resume: tqdm.write(f"{out}: no checkpoint to go on from; starting from the beginning.")
-        return None
+        return None, False
     before, now = asdict(read_config(out/"config.yaml")), asdict(config)
     fixed = ("task", "init_from", "class_weights", "max_length", "long", "validation_fraction", "batch_size", "gradient_accumulation_steps", "optimizer", "seed", "n_layer", "n_head", "n_embd", "model")
-    differ = [f"{name} (was {before[name]}, is {now[name]})" for name in fixed if before[name] != now[name]]
-    try: same = json.loads((out/"split.json").read_text())["fingerprint"] == fingerprint
+    differ = {name: f"{name} (was {before[name]}, is {now[name]})" for name in fixed if before[name] != now[name]}
+    try: written = {name: json.loads((out/"split.json").read_text())[name] for name in identity}
     except (OSError, ValueError, KeyError) as e: raise InputError(f"{out}/split.json: cannot be read ({e}). Replace the run (--overwrite) or choose another --output_dir.") from e
-    if not same: differ.append("the data or the vocabulary")
-    if differ: raise InputError(f"{out}: cannot go on, because these differ from the interrupted run: {', '.join(differ)}.\n"
+    if written["processes"] != identity["processes"]: differ["processes"] = f"the number of processes (was {written['processes']}, is {identity['processes']})"
+    if written["vocabulary"] != identity["vocabulary"]: differ["vocabulary"] = "the vocabulary"
+    elif written["fingerprint"] != identity["fingerprint"] and not {"task", "max_length", "long"} & differ.keys(): differ["data"] = "the data"
+    if differ: raise InputError(f"{out}: cannot go on, because these differ from the interrupted run: {', '.join(differ.values())}.\n"
                                 f"Go on with the same settings ({resume_command(out)}), or choose another --output_dir.")
-    if (out/"final_model").exists() and int(checkpoint.rsplit("-", 1)[1]) >= total_steps:
-        raise InputError(f"{out}: the run is finished, after {total_steps} steps. Raise --num_epochs or --max_steps to go on, or choose another --output_dir.")
+    done = state.global_step >= args.max_steps or out_of_patience(config, state)
+    if done and (out/"final_model").exists():
+        raise Finished(f"{out}: the run is finished, after {state.global_step} steps. Raise --num_epochs or --max_steps to go on, or choose another --output_dir.",
+                       Run(out, json.loads((out/"best_model/metrics.json").read_text()), state.log_history))
     tqdm.write(f"Going on from {checkpoint}.")
-    return checkpoint
+    return checkpoint, done
+
+def run_identity(
+    corpus: Corpus,
+    tokenizer,
+    args: TrainingArguments,
+) -> dict[str, str | int]:
+    "What a run cannot change on its way, beside its configuration."
+    return {"fingerprint": corpus.report["fingerprint"], "vocabulary": fingerprint([], sorted(tokenizer.get_vocab().items())), "processes": args.world_size}
 
 def resume_command(
     output_dir: Path, # Of an interrupted run
@@ -540,24 +664,24 @@ def resume_command(
     "How to go on with a run."
     return f"seqgpt train --config {shlex.quote(str(output_dir/'config.yaml'))} --resume"
 
-# %% ../nbs/04_training.ipynb #e2ab833b
+# %% ../nbs/04_training.ipynb #b2c05b72
 def begin_run(
     config: Config,
     corpus: Corpus,
     split: Split,
+    identity: dict, # From `run_identity`
 ):
     "Says what the data is, clears away the earlier run where that was asked for, and writes `config.yaml` and `split.json`."
     out = Path(config.output_dir)
     tqdm.write(f"{corpus}\n{split}")
     if config.task == "classification": say_what_is_lacking(split)
     if config.init_from: say_what_was_seen(config, split)
+    for folder in (out, out/"checkpoints"): sweep(folder)
     if config.overwrite:
-        for name in ("best_model", "final_model", "checkpoints", "runs"): shutil.rmtree(out/name, ignore_errors=True)
-        for name in ("training_curves.png", "samples.png", "samples.jsonl"): (out/name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoints", "final_model", "best_model", "runs", "training_curves.png", "samples.png", "samples.jsonl"): remove(out/name)
     write_config(config, out/"config.yaml")
     indices = {"train": split.train_index.tolist(), "validation": split.validation_index.tolist()}
-    (out/"split.json").write_text(json.dumps({"fingerprint": corpus.report["fingerprint"], **indices}))
+    with written_whole(out/"split.json") as part: part.write_text(json.dumps(identity | indices))
 
 # %% ../nbs/04_training.ipynb #274099e2
 def say_what_is_lacking(
@@ -601,7 +725,7 @@ class Run:
         rows = [[format(m.get(name, math.nan), form) for name, form in names.items()] for m in found.values()]
         return html_table([columns, *rows], 1 + losses.index(min(losses)) if losses else None) + f"<p>{escape(repr(self))}</p>"
 
-# %% ../nbs/04_training.ipynb #7d585faa
+# %% ../nbs/04_training.ipynb #42eb6198
 def plot_curves(
     history: list[dict], # Of a `Run`
     lines: dict[str, float] = {}, # Name to perplexity (loss, for a classifier) of what the model is held against
@@ -635,7 +759,7 @@ def save_curves(
     lines: dict[str, float] = {}, # As for `plot_curves`
 ):
     "Draws the curves into a file."
-    plot_curves(history, lines).savefig(folder/"training_curves.png", dpi=120)
+    with written_whole(folder/"training_curves.png") as part: plot_curves(history, lines).savefig(part, format="png", dpi=120)
     plt.close()
 
 # %% ../nbs/04_training.ipynb #ab75c979
@@ -657,7 +781,7 @@ def task_parts(
     return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, classes=model_config.label2id), compute_loss_func=partial(class_loss, weights=weights),
                 compute_metrics=ExactMetrics(partial(class_metrics, weights=weights)), preprocess_logits_for_metrics=class_guesses), model_config
 
-# %% ../nbs/04_training.ipynb #67c7a831
+# %% ../nbs/04_training.ipynb #c3a7c5a0
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -672,20 +796,34 @@ def train(
     parts, model_config = task_parts(config, split, tokenizer, configure)
     tokenizer.model_max_length = config.max_length # where others cut off what is too long
     args, out = training_arguments(config, len(split.train)), Path(config.output_dir)
-    checkpoint = find_checkpoint(config, corpus.report["fingerprint"], args.max_steps)
-    model, stop, first = new_model(model_config, config.seed, config.task), StopOnSignal(), args.process_index == 0 # of several processes, one writes
-    if config.init_from: model.transformer.load_state_dict(load_model(config.init_from, task_of(config.init_from)).transformer.state_dict())
-    if first: begin_run(config, corpus, split)
-    by_length = np.argsort(split.validation.with_format("numpy")["length"][:], kind="stable")
-    trainer = QuickTrainer(
-        model, args, train_dataset=split.train, eval_dataset=split.validation.select(by_length), processing_class=tokenizer, **parts,
-        half=args.use_cpu and pick_precision(config.precision) == "bf16", optimizers=(Muon(model, config.learning_rate, config.weight_decay) if config.optimizer == "muon" else None, None),
-        callbacks=[StopWhenNotFinite(), KeepBest(out, tokenizer, config), stop, *callbacks])
-    if first: trainer.add_callback(TensorBoardCallback(SummaryWriter(out/"runs")))
-    if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
-    with stop: trainer.train(resume_from_checkpoint=checkpoint)
-    state = trainer.state
-    if first: save_curves(state.log_history, out)
-    if stop.asked: raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. Go on with: {resume_command(out)}")
-    if first: save_model(out/"final_model", model, tokenizer, config, validation_metrics(state.log_history))
-    return Run(out, json.loads((out/"best_model/metrics.json").read_text()), state.log_history)
+    identity, first = run_identity(corpus, tokenizer, args), args.process_index == 0 # of several processes, one writes
+    with alone(out/".lock", f"{out}: another run is writing there. Wait for its end, or choose another --output_dir.") if first else contextlib.nullcontext(), StopOnSignal() as stop:
+        checkpoint, done = find_checkpoint(config, args, identity)
+        args.distributed_state.wait_for_everyone() # all have read what is now written anew
+        model = new_model(model_config, config.seed, config.task)
+        if config.init_from: model.transformer.load_state_dict(load_model(config.init_from, task_of(config.init_from)).transformer.state_dict())
+        if first: begin_run(config, corpus, split, identity)
+        by_length = np.argsort(split.validation.with_format("numpy")["length"][:], kind="stable")
+        trainer = QuickTrainer(
+            model, args, train_dataset=split.train, eval_dataset=split.validation.select(by_length), processing_class=tokenizer, **parts,
+            half=args.use_cpu and pick_precision(config.precision) == "bf16", optimizers=(Muon(model, config.learning_rate, config.weight_decay) if config.optimizer == "muon" else None, None),
+            callbacks=[StopWhenNotFinite(), KeepBest(out, tokenizer, config), stop, *callbacks])
+        if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
+        if done: trainer.state = read_checkpoint(checkpoint); trainer._load_from_checkpoint(checkpoint)
+        else: run_trainer(trainer, checkpoint, out)
+        state = trainer.state
+        if not any("eval_loss" in log for log in state.log_history): trainer.evaluate() # a callback stopped it before the first validation
+        if first: save_curves(state.log_history, out)
+        if stop.asked: raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. Go on with: {resume_command(out)}")
+        if first: save_model(out/"final_model", model, tokenizer, config, validation_metrics(state.log_history))
+        return Run(out, json.loads((out/"best_model/metrics.json").read_text()), state.log_history)
+
+def run_trainer(
+    trainer: QuickTrainer,
+    checkpoint: Path | None, # To go on from
+    out: Path, # For the logs of TensorBoard
+):
+    "Trains, and writes the logs of TensorBoard."
+    if trainer.args.process_index == 0: trainer.add_callback(TensorBoardCallback(SummaryWriter(out/"runs", purge_step=checkpoint and int(checkpoint.name[11:]) + 1)))
+    try: trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except KeyboardInterrupt: raise Interrupted(f"Stopped at once. Go on from the newest checkpoint with: {resume_command(out)}") from None

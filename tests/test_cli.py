@@ -33,7 +33,7 @@ def test_outputs_are_complete(trained):
     for name in ("training_curves.png", "samples.jsonl", "split.json", "config.yaml", "best_model/evaluation/metrics.json", "best_model/evaluation/evaluation.png"):
         assert (trained/"outputs"/name).stat().st_size > 0, name
     assert any((trained/"outputs/runs").glob("events.out.tfevents.*"))
-    assert not [p for p in trained.rglob(".*.new")] + [p for p in trained.rglob(".*.old")]
+    assert not [*trained.rglob(".*.part"), *trained.rglob(".*.old")]
     split = json.loads((trained/"outputs/split.json").read_text())
     assert sorted(split["train"] + split["validation"]) == list(range(200)) and len(split["validation"]) == 40
 
