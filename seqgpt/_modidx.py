@@ -333,6 +333,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'seqgpt/training.py'),
                                  'seqgpt.training.QuickTrainer._load_scaler': ( 'training.html#quicktrainer._load_scaler',
                                                                                 'seqgpt/training.py'),
+                                 'seqgpt.training.QuickTrainer._run_epoch': ('training.html#quicktrainer._run_epoch', 'seqgpt/training.py'),
                                  'seqgpt.training.QuickTrainer._save_checkpoint': ( 'training.html#quicktrainer._save_checkpoint',
                                                                                     'seqgpt/training.py'),
                                  'seqgpt.training.QuickTrainer.compute_loss': ( 'training.html#quicktrainer.compute_loss',

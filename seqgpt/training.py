@@ -139,7 +139,7 @@ def pick_precision(
     has = torch.cpu.get_capabilities()
     return "bf16" if any(has.get(f) for f in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
 
-# %% ../nbs/04_training.ipynb #278b73a4
+# %% ../nbs/04_training.ipynb #a6363040
 class QuickTrainer(Trainer):
     "`Trainer` with sequences of the same length together, without attention masks, and on a CPU in 16 bits as a whole."
     def __init__(self, *args,
@@ -158,7 +158,12 @@ class QuickTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         rows = train_dataset or self.train_dataset
-        return ByLength(rows.with_format("numpy")["length"][:], self.args.train_batch_size, self.args.seed)
+        self.sampler = ByLength(rows.with_format("numpy")["length"][:], self.args.train_batch_size, self.args.seed)
+        return self.sampler
+
+    def _run_epoch(self, *, epoch, **kwargs):
+        self.sampler.set_epoch(epoch) # `Trainer` does not reach it where several processes go on in the middle of an epoch
+        super()._run_epoch(epoch=epoch, **kwargs)
 
 # %% ../nbs/04_training.ipynb #c3b5fee3
 def token_sums(
@@ -584,7 +589,7 @@ def load_data(
     other = read(config.validation_path, class_names(corpus.dataset.unique("label")) if config.task == "classification" else None)
     return Corpus(corpus.dataset, {**corpus.report, "fingerprint": f"{corpus.report['fingerprint']}, {other.report['fingerprint']}"}), given_split(corpus.dataset, other.dataset)
 
-# %% ../nbs/04_training.ipynb #51716f58
+# %% ../nbs/04_training.ipynb #e14a5e2a
 def training_arguments(
     config: Config,
     n_train: int, # Training sequences
@@ -599,7 +604,7 @@ def training_arguments(
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, bf16=precision == "bf16" and gpu, fp16=precision == "fp16",
         eval_strategy="steps", save_strategy="steps", save_total_limit=2, metric_for_best_model="loss", greater_is_better=False,
         batch_eval_metrics=True, include_num_input_tokens_seen="non_padding", logging_nan_inf_filter=False, report_to=[],
-        remove_unused_columns=False, disable_tqdm=False, dataloader_pin_memory=torch.cuda.is_available())
+        remove_unused_columns=False, ddp_find_unused_parameters=False, disable_tqdm=False, dataloader_pin_memory=torch.cuda.is_available())
     per_epoch = math.ceil(n_train / (args.train_batch_size * args.world_size * config.gradient_accumulation_steps))
     args.max_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * per_epoch)
     args.eval_steps = args.save_steps = config.eval_steps or per_epoch

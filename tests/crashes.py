@@ -1,0 +1,76 @@
+"""Training runs that are killed, for test_crashes.py: `python crashes.py FOLDER`, then a job on each line of standard input.
+
+A job is JSON: `argv` of `seqgpt`; `event`, `seconds` or `step`: a `signal` (default: SIGKILL) comes behind so many file operations, after so long, or at the end of that step (to the last
+process only); `processes`, that train together; `runs`, at the same time. Or it has a command for the `shell`. The answer on standard output is a list, for each process: exit code
+(-9: killed), what was printed, and the number of file operations. Each run is a fork of this process, because starting a new one takes seconds.
+"""
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+
+import seqgpt.bench # noqa: F401 so that no run has to import anything
+import seqgpt.classification # noqa: F401
+from seqgpt.cli import main
+from seqgpt.training import StopOnSignal
+
+WRITES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+
+
+def send_when_it_is_time(job, rank, answer):
+    "Counts what is done to files in this folder; sends this process its signal."
+    send = lambda *_: os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
+    def hook(event, args):
+        if event not in WRITES or os.path.isabs(str(args[0])) and not str(args[0]).startswith(os.getcwd()) or event == "open" and args[1] in ("r", "rb"): return
+        answer["events"] += 1
+        if answer["events"] == job.get("event"): send()
+    sys.addaudithook(hook)
+    if "seconds" in job: signal.signal(signal.SIGALRM, send), signal.setitimer(signal.ITIMER_REAL, job["seconds"])
+    if "step" in job and rank == job.get("processes", 1) - 1:
+        end = StopOnSignal.on_step_end
+        StopOnSignal.on_step_end = lambda self, args, state, control, **kwargs: (state.global_step == job["step"] and send(), end(self, args, state, control, **kwargs))[1]
+
+
+def child(job, rank, write):
+    "Runs the command; writes its output, unless it is killed."
+    if "port" in job: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))
+    answer, out, err = {"events": 0}, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        send_when_it_is_time(job, rank, answer)
+        try: code = main([str(a) for a in job["argv"]])
+        except BaseException: code = traceback.print_exc() or 99
+    os.write(write, json.dumps({**answer, "code": code, "out": out.getvalue(), "err": err.getvalue()}).encode())
+    os._exit(0)
+
+
+def run(job):
+    "One job, in one process or several."
+    if "shell" in job: return subprocess.run(job["shell"], shell=True, capture_output=True, text=True).stderr
+    if "processes" in job:
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            job["port"] = s.getsockname()[1]
+    children = []
+    for rank in range(job.get("processes", job.get("runs", 1))):
+        read, write = os.pipe()
+        if (pid := os.fork()) == 0: child(job, rank, write)
+        os.close(write)
+        children.append((pid, read))
+    answers = []
+    for pid, read in children:
+        with os.fdopen(read) as f: text = f.read()
+        os.waitpid(pid, 0)
+        answers.append(json.loads(text) if text else {"code": -9})
+    return answers
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[1])
+    assert threading.active_count() == 1, threading.enumerate()
+    for line in sys.stdin: print(json.dumps(run(json.loads(line))), flush=True)
