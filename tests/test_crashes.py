@@ -139,7 +139,7 @@ def test_more_epochs(fresh):
     assert ask(*RUN, "--output_dir", "cosine")[0]["code"] == 0
     assert ask(*RUN, "--output_dir", "cosine", "--num_epochs", 4, "--learning_rate", 1e-3, "--eval_steps", 5, "--resume")[0]["code"] == 0
     rates = {log["step"]: log["learning_rate"] for log in history(folder/"cosine") if "learning_rate" in log}
-    assert rates[12] == pytest.approx(1e-3*(1 + np.cos(np.pi*12/20))/2) # the curve of the longer run, at the new height
+    assert rates[12] == pytest.approx(1e-3*(1 + np.cos(np.pi*11/20))/2) # the curve of the longer run, at the new height; step 12 is the eleventh after the first
     assert [log["step"] for log in history(folder/"cosine") if "eval_loss" in log] == [4, 8, 10, 15, 20]
 
 
