@@ -100,13 +100,13 @@ def measures(
     from seqgpt.evaluation import evaluate_folder, plot_evaluation
     return {"clm": (evaluate_folder, plot_evaluation), "classification": (evaluate_classifier, plot_classification)}[task]
 
-# %% ../nbs/10_cli.ipynb #9ea7e812
+# %% ../nbs/10_cli.ipynb #bf869adf
 def train_command(
     config, # A `Config`
 ):
     "Trains, evaluates the best model and, of a language model, draws samples and the curves beside simple predictors and the best possible."
     from seqgpt.corpora import write_digits
-    from seqgpt.data import written_whole
+    from seqgpt.data import sweep, written_whole
     from seqgpt.tokenizer import InputError
     from seqgpt.training import Finished, check_config, resume_command, train
     first, out = int(os.environ.get("RANK", 0)) == 0, Path(config.output_dir) # of several processes, one writes
@@ -122,6 +122,7 @@ def train_command(
         if all(p.exists() and p.stat().st_mtime >= (out/"final_model").stat().st_mtime for p in rest): raise
         run = e.run
     if not first: return
+    for folder in (out, out/"best_model/evaluation"): sweep(folder)
     try: show_run(config, run)
     except KeyboardInterrupt: raise KeyboardInterrupt(f"The model is trained, but not evaluated yet. Do that with: {resume_command(out)}") from None
 
