@@ -118,6 +118,14 @@ def test_stopped_behind_each_step(fresh, step):
     resume(ask, folder, whole)
 
 
+def test_stopped_behind_the_last_step_in_the_middle_of_an_epoch(fresh):
+    folder, ask, _, _ = fresh
+    run = [*RUN, "--max_steps", 7]
+    assert ask(*run, "--output_dir", "through")[0]["code"] == 0
+    assert ask(*run, step=7, signal=signal.SIGTERM)[0]["code"] == 130
+    resume(ask, folder, left(folder/"through"), run=run)
+
+
 def test_two_processes_stop_behind_the_same_step_and_go_on_together(fresh):
     folder, ask, _, _ = fresh
     run = [*RUN, "--gradient_accumulation_steps", 1]
