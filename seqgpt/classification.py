@@ -197,18 +197,19 @@ class ClassEvaluation:
         return html_table(rows, [name for name, *_ in rows].index("this model")) + paragraphs(self.notes()) + html_table(self.class_rows()) + paragraphs(self.mistakes())
     __repr__ = __str__
 
-# %% ../nbs/07_classification.ipynb #a0ae07e2
+# %% ../nbs/07_classification.ipynb #5ecd6ef3
 def evaluate_classifier(
     model_path: str | Path, # A folder such as classifier/best_model
     data_path: str | Path | None = None, # Labelled sequences to evaluate on; default: the validation set of the training
     batch_size: int = 16, # Sequences at once
     skip_bad_lines: bool = False, # Go on without lines of `data_path` that cannot be used
+    cache_dir: str | None = None, # Where encoded data is kept, see `read_corpus`
 ) -> ClassEvaluation:
     "Evaluates a trained classifier; raises `InputError` where model or data are missing or do not fit."
     model, tokenizer = load_model(model_path, "classification"), load_tokenizer(model_path)
     if torch.cuda.is_available(): model.cuda()
     number = model.config.label2id
-    dataset, train, source = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, list(number))
+    dataset, train, source = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, list(number), cache_dir)
     try: best = best_possible(source, tokenizer, dataset) if source else None
     except InputError as e: best = tqdm.write(str(e)) # sequences cut off, or from elsewhere: measured without a limit
     logits, to_number = predict(model, tokenizer, dataset["input_ids"], batch_size), np.vectorize(number.get, otypes=[int])

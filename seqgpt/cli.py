@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERBS', 'PATHS', 'parser_for', 'plain_message', 'corpus_digits', 'corpus_markov', 'measures', 'train_command',
            'write_samples', 'evaluate', 'read_sequences', 'infer', 'print_labels', 'interact', 'usage', 'preset',
-           'literal', 'run_verb', 'explain', 'main']
+           'settings_file', 'literal', 'run_verb', 'explain', 'on_lines', 'main']
 
 # %% ../nbs/10_cli.ipynb #2654a75c
 import contextlib
@@ -19,7 +19,7 @@ import sys
 import typing
 from pathlib import Path
 
-# %% ../nbs/10_cli.ipynb #8cad0788
+# %% ../nbs/10_cli.ipynb #978622c8
 def parser_for(
     verb: str, # What stands behind `seqgpt`
     *targets, # Functions or dataclasses with typed, commented parameters; the first describes the verb
@@ -30,7 +30,7 @@ def parser_for(
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message, ex=None):
-            print(f"seqgpt {verb}: {plain_message(str(message), names)}", file=sys.stderr)
+            print(f"seqgpt {verb}: {on_lines(plain_message(str(message), names))}", file=sys.stderr)
             raise SystemExit(2)
 
     parameters, comments, hints = ({k: v for t in targets for k, v in of(t).items()} for of in (lambda t: inspect.signature(t).parameters, docments, typing.get_type_hints))
@@ -97,7 +97,7 @@ def measures(
     from seqgpt.evaluation import evaluate_folder, plot_evaluation
     return {"clm": (evaluate_folder, plot_evaluation), "classification": (evaluate_classifier, plot_classification)}[task]
 
-# %% ../nbs/10_cli.ipynb #56c5f576
+# %% ../nbs/10_cli.ipynb #178a237d
 def train_command(
     config, # A `Config`
 ):
@@ -117,7 +117,7 @@ def train_command(
     run = train(config)
     if not first: return
     best, (measure, plot) = run.output_dir/"best_model", measures(config.task)
-    evaluation = measure(best)
+    evaluation = measure(best, cache_dir=config.cache_dir)
     print(f"\nThe best model on the validation set, in 32 bits:\n{evaluation}\n")
     write_evaluation(evaluation, best/"evaluation", plot)
     if config.task == "clm": save_curves(run.history, run.output_dir, {name: perplexity for name, perplexity, _ in evaluation.table() if name != "this model"})
@@ -154,7 +154,7 @@ def write_samples(
     return (f"{out}/samples.png: of {len(samples)} drawn digits {judge.recognised(to_images([s.tokens for s in samples], vocab)):.0%} are recognised "
             f"by a classifier of real digits,\nwhich recognises {judge.recognised(judge.held_out):.0%} of held-out real ones and names {judge.accuracy:.1%} of those rightly.")
 
-# %% ../nbs/10_cli.ipynb #87144b18
+# %% ../nbs/10_cli.ipynb #8d1e25e4
 def evaluate(
     model_path: str, # Folder of a trained model, such as outputs/best_model
     data_path: str | None = None, # Sequences to evaluate on; default: the validation set of the training
@@ -163,6 +163,7 @@ def evaluate(
     skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used
     num_samples: int = 100, # Of a language model: sequences to draw and hold against real ones; 0: none
     seed: int = 0, # Of the drawn sequences
+    cache_dir: str | None = None, # Where encoded data is kept; default: beside the cache of Hugging Face datasets
 ):
     "Measures a trained model on every token, or a classifier on every sequence, beside simple ones and the best possible, and looks at what a language model draws."
     from seqgpt.evaluation import write_evaluation
@@ -171,25 +172,26 @@ def evaluate(
     out = Path(out_dir or Path(model_path)/(f"evaluation_{Path(data_path).stem}" if data_path else "evaluation"))
     if (out_dir or data_path) and (out/"metrics.json").exists(): raise InputError(f"{out}/metrics.json: is there already. Choose another --out_dir, or move it away.")
     measure, plot = measures(task := task_of(model_path))
-    evaluation = measure(model_path, data_path, batch_size, skip_bad_lines, **({"num_samples": num_samples, "seed": seed} if task == "clm" else {}))
+    evaluation = measure(model_path, data_path, batch_size, skip_bad_lines, cache_dir=cache_dir, **({"num_samples": num_samples, "seed": seed} if task == "clm" else {}))
     print(evaluation)
     write_evaluation(evaluation, out, plot)
     print(f"Wrote {out}/metrics.json and evaluation.png.")
 
-# %% ../nbs/10_cli.ipynb #854b12d2
+# %% ../nbs/10_cli.ipynb #153a034c
 def read_sequences(
     path: str | Path | None, # JSON Lines file, plain or gzip, or a folder of them; None: the validation set of the model
     model_path: str | Path, # Folder of a trained model
     tokenizer, # Its tokenizer
     most: int | None = None, # How many to take, from the beginning; None: all
+    cache_dir: str | None = None, # Where encoded data is kept
 ) -> list[list[str]]: # Symbols, without `<bos>` and `<eos>`
     "The first sequences at `path`; raises `InputError` where a line is not one."
     from seqgpt.data import read_corpus, unframed
     from seqgpt.evaluation import training_split
-    dataset = read_corpus(path, tokenizer).dataset if path else training_split(model_path, tokenizer).validation
+    dataset = read_corpus(path, tokenizer, cache_dir=cache_dir).dataset if path else training_split(model_path, tokenizer, cache_dir).validation
     return [unframed(ids, tokenizer) for ids in dataset[:most]["input_ids"]]
 
-# %% ../nbs/10_cli.ipynb #4d8f829b
+# %% ../nbs/10_cli.ipynb #0a09c4f3
 def infer(
     model_path: str, # Folder of a trained model, such as outputs/best_model
     mode: typing.Literal["interactive", "generate", "classify"] = "interactive", # interactive: see the distribution of the next token and choose; generate: continue by itself; classify: ask a classifier which label
@@ -206,6 +208,7 @@ def infer(
     seed: int | None = None, # Same seed, same samples
     top: int = 10, # Interactive: how many symbols to show; classify: how many labels
     out_dir: str | None = None, # Also write samples.jsonl there (generate), and samples.png for digits; predictions.jsonl (classify)
+    cache_dir: str | None = None, # Where encoded data is kept; default: beside the cache of Hugging Face datasets
 ):
     "Asks a trained model what comes next, or a classifier which label."
     from seqgpt.inference import Sample, generate
@@ -221,7 +224,7 @@ def infer(
     if num_prompts is not None and num_prompts < 1: raise InputError(f"num_prompts is {num_prompts}. It must be at least 1.")
     written = f"{out_dir}/{'predictions' if classify else 'samples'}.jsonl"
     if out_dir and Path(written).exists(): raise InputError(f"{written}: is there already. Choose another --out_dir, or move it away.")
-    whole = [] if not (prompt_file or num_prompts) else read_sequences(prompt_file, model_path, tokenizer, num_prompts or (None if classify else 6))
+    whole = [] if not (prompt_file or num_prompts) else read_sequences(prompt_file, model_path, tokenizer, num_prompts or (None if classify else 6), cache_dir)
     prompts = [s[:int(prompt_share*len(s))] for s in whole] or [prompt]
     if classify: return print_labels(model, tokenizer, prompts, top, out_dir and written)
     samples = generate(model, tokenizer, prompts, num_samples, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
@@ -310,7 +313,7 @@ def usage() -> str:
     return "\n".join(["usage: seqgpt VERB [--flag value ...]", "", "Train a small GPT from scratch on sequences of any discrete tokens.", "",
                       *(f"  {verb:15}{what}" for verb, what in VERBS.items()), "", "seqgpt VERB --help lists the flags of a verb."])
 
-# %% ../nbs/10_cli.ipynb #629109d3
+# %% ../nbs/10_cli.ipynb #8f944978
 def preset(
     name: str, # What stands behind `--config`
 ) -> str: # A path
@@ -319,9 +322,20 @@ def preset(
 
     from seqgpt.tokenizer import InputError
     presets = {p.stem: p for p in Path(seqgpt.__file__).parent.glob("*.yaml")}
-    if Path(name).is_file(): return name
+    if os.path.isfile(name): return name
     if name in presets: return str(presets[name])
     raise InputError(f"--config {name}: no such file, and no such preset. The presets are: {', '.join(sorted(presets))}.")
+
+def settings_file(
+    name: str, # What stands behind `--config`
+    verb: str, # Of `VERBS`; presets are for train
+) -> str: # A path
+    "The file of settings, read once to see that it holds nothing else; raises `InputError` where it does."
+    from seqgpt.tokenizer import InputError
+    from seqgpt.training import read_settings
+    path = preset(name) if verb == "train" else name
+    if "config" in read_settings(path): raise InputError(f"{path}: there is no setting 'config'. One file of settings cannot name another.")
+    return path
 
 def literal(
     value, # Of a field of the model
@@ -330,16 +344,18 @@ def literal(
     try: return json.loads(value)
     except (TypeError, ValueError): return value
 
-# %% ../nbs/10_cli.ipynb #54542761
+# %% ../nbs/10_cli.ipynb #d67024b2
 def run_verb(
     verb: str, # One of `VERBS`
     rest: list[str], # Its flags
 ):
     "Reads the flags and does what the verb says."
+    rest = [w for flag in rest for w in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    for k in range(1, len(rest)):
+        if rest[k - 1] == "--config": rest[k] = settings_file(rest[k], verb)
     if verb == "train":
         from seqgpt.training import Config, start_from
-        flags = [w if f != "--config" else preset(w) for f, w in zip(["", *rest], rest)]
-        given = vars(parser_for(verb, Config).parse_args(flags))
+        given = vars(parser_for(verb, Config).parse_args(rest))
         settings = {k: v for k, v in given.items() if k != "config"}
         config = Config(**{**settings, "model": {k: literal(v) for k, v in settings["model"].items()}})
         start_from(config, {f[2:].split("=")[0] for f in rest if f.startswith("--")}) # a flag that contradicts the model is refused, also one that says the default
@@ -369,7 +385,16 @@ def explain(
     if isinstance(error, PATHS): return f"{error.filename}: {error.strerror}. Choose another place, or make room there."
     return f"{name}: {' '.join(str(error).split())[:300]}\nSEQGPT_TRACEBACK=1 in the environment shows where this came from."
 
-# %% ../nbs/10_cli.ipynb #48a264e6
+# %% ../nbs/10_cli.ipynb #fa7f17ba
+def on_lines(
+    message: str,
+) -> str: # One to three lines
+    "`message` as a terminal may show it: what cannot be printed is written as in Python, what is very long loses its middle."
+    first, second, *rest = message.strip().split("\n") + ["", ""]
+    lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in (first, second, " ".join(rest).strip()) if line]
+    return "\n".join(line if len(line) <= 4000 else f"{line[:3000]} ... {line[-900:]}" for line in lines)
+
+# %% ../nbs/10_cli.ipynb #51074946
 def main(
     argv: list[str] | None = None, # What stands behind `seqgpt`; default: the command line
 ) -> int: # Exit code
@@ -400,7 +425,7 @@ def main(
         return 130
     except Exception as e:
         if os.environ.get("SEQGPT_TRACEBACK"): raise
-        print(f"seqgpt {verb}: {explain(e)}", file=sys.stderr)
+        print(f"seqgpt {verb}: {on_lines(explain(e))}", file=sys.stderr)
         return 2 if type(e).__name__ == "InputError" or isinstance(e, PATHS) else 1
 
 # %% ../nbs/10_cli.ipynb #63a723cd

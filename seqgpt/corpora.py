@@ -7,7 +7,7 @@ __all__ = ['RULE', 'digit_images', 'quantize', 'plot_images', 'digit_vocab', 'im
            'write_digits', 'load_images', 'DigitJudge', 'MarkovSource', 'make_markov', 'limits', 'credit',
            'expected_limits', 'write_markov', 'load_source', 'possible_pairs']
 
-# %% ../nbs/02_corpora.ipynb #5b3911bb
+# %% ../nbs/02_corpora.ipynb #34d55764
 import json
 import re
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
 from .data import corpus_files, read_lines, write_corpus
-from .tokenizer import InputError, read_vocab
+from .tokenizer import InputError, read_json, read_vocab
 
 # %% ../nbs/02_corpora.ipynb #2f8db0cb
 def digit_images(
@@ -319,7 +319,7 @@ def expected_limits(
         if t >= source.order: share = (flow @ (share[..., None]*source.probabilities).reshape(classes, -1).T).T
     return {"perplexity": float(np.exp(nats / tokens)), "accuracy": float(right / tokens), "tokens": float(tokens)}
 
-# %% ../nbs/02_corpora.ipynb #fa6dc3e8
+# %% ../nbs/02_corpora.ipynb #a5b28432
 RULE = ("The class is uniform over the rows of `probabilities`, the length (tokens, with <bos> and <eos>) uniform from min_length to max_length, the first symbol uniform over `symbols`. "
         "Symbol x is followed by symbols[successors[x][r]] with probability probabilities[class][state][r]. Order 1: state = x. "
         "Order 2: state = len(successors[w])*w + rank of x among successors[w], for w before x; the second symbol, with no w before its x, has every r equally likely.")
@@ -347,15 +347,16 @@ def load_source(
     path = Path(data_path)
     path = (path if path.is_dir() else path.parent)/"source.json"
     if not path.exists(): return None
+    d = read_json(path, "Mend it, or move it away.", most=2**33)
     try:
-        d = json.loads(path.read_text(encoding="utf-8"))
         source = MarkovSource(d["symbols"], np.array(d["successors"], int), np.array(d["probabilities"], float), int(d["min_length"]), int(d["max_length"]))
         sums, (n, branching) = source.probabilities.sum(2), source.successors.shape
         if not 3 <= source.min_length <= source.max_length: raise ValueError("the lengths are impossible")
         if source.successors.min() < 0 or source.successors.max() >= n: raise ValueError("successors are not numbers of symbols")
         if n != len(source.symbols) or d["order"] != source.order or source.probabilities.shape[1:] not in ((n, branching), (n*branching, branching)): raise ValueError("the tables do not fit each other")
         if not np.allclose(sums, 1) or source.probabilities.min() < 0: raise ValueError("probabilities do not add up to 1")
-    except (OSError, ValueError, KeyError, TypeError) as e: raise InputError(f"{path}: not the source of a corpus ({type(e).__name__}: {' '.join(str(e).split())[:200]}). Mend it, or move it away.") from e
+        if not all(isinstance(s, str) for s in source.symbols) or len({*source.symbols}) < n: raise ValueError("symbols are not distinct words")
+    except (ValueError, KeyError, TypeError, OverflowError) as e: raise InputError(f"{path}: not the source of a corpus ({type(e).__name__}: {' '.join(str(e).split())[:200]}). Mend it, or move it away.") from e
     return source
 
 # %% ../nbs/02_corpora.ipynb #ead9cf58

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision', 'QuickTrainer', 'token_sums', 'token_metrics',
            'ExactMetrics', 'Muon', 'class_loss', 'balanced_weights', 'class_guesses', 'macro_f1', 'class_metrics',
-           'StopOnSignal', 'Interrupted', 'Diverged', 'StopWhenNotFinite', 'write_config', 'read_config', 'model_card',
-           'save_model', 'Bar', 'recent_loss', 'KeepBest', 'validation_metrics', 'start_from', 'load_vocab',
-           'load_data', 'training_arguments', 'find_checkpoint', 'resume_command', 'begin_run', 'say_what_is_lacking',
-           'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train']
+           'StopOnSignal', 'Interrupted', 'Diverged', 'StopWhenNotFinite', 'write_config', 'read_config',
+           'read_settings', 'PlainYaml', 'model_card', 'save_model', 'Bar', 'recent_loss', 'KeepBest',
+           'validation_metrics', 'start_from', 'load_vocab', 'load_data', 'training_arguments', 'find_checkpoint',
+           'resume_command', 'begin_run', 'say_what_is_lacking', 'say_what_was_seen', 'Run', 'plot_curves',
+           'save_curves', 'task_parts', 'train']
 
-# %% ../nbs/04_training.ipynb #45e9c395
+# %% ../nbs/04_training.ipynb #5ab56928
 import json
 import logging
 import math
@@ -42,10 +43,10 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
 from .data import ByLength, Corpus, Split, class_names, collate, corpus_files, given_split, read_corpus, split_corpus
-from .model import TASKS, count_parameters, keep_memory, load_model, make_config, new_model, quicken, task_of
-from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_vocab, save_tokenizer
+from .model import TASKS, count_parameters, keep_memory, load_model, make_config, new_model, quicken, saved_config, task_of
+from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_text, read_vocab, save_tokenizer
 
-# %% ../nbs/04_training.ipynb #5d6d7908
+# %% ../nbs/04_training.ipynb #50983331
 @dataclass
 class Config:
     "What a training run depends on; the defaults are those of the project."
@@ -86,6 +87,13 @@ class Config:
     n_head: int = 8 # Attention heads in a block; must divide n_embd
     n_embd: int = 384 # Dimensions of a token
     model: dict = field(default_factory=dict) # Any other field of GPT2Config, such as resid_pdrop: 0.2
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, kind = getattr(self, f.name), float | int if f.type is float else f.type
+            if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool: raise InputError(f"{f.name} is {value!r}. It must be {getattr(f.type, '__name__', f.type)}.")
+            if isinstance(value, str) and "\0" in value: raise InputError(f"{f.name} is {value!r}. The character 0 cannot be part of a name.")
+            if isinstance(value, dict) and not all(isinstance(name, str) for name in value): raise InputError(f"{f.name} is {value!r}. Its names must be words.")
 
 # %% ../nbs/04_training.ipynb #a1b6ab7a
 def check_config(
@@ -292,7 +300,7 @@ class StopWhenNotFinite(TrainerCallback):
                 raise Diverged(f"The {name} at step {state.global_step} is {logs[name]}: training has diverged. {kept}\n"
                                f"Start again with a lower --learning_rate (it was {args.learning_rate:g}), --warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
 
-# %% ../nbs/04_training.ipynb #29b095e8
+# %% ../nbs/04_training.ipynb #a8c5664d
 def write_config(
     config: Config,
     path: str | Path, # A YAML file
@@ -304,9 +312,31 @@ def read_config(
     path: str | Path, # What `write_config` wrote
 ) -> Config:
     "The configuration in a YAML file; raises `InputError` where there is none."
-    reals = {f.name for f in fields(Config) if f.type is float}
-    try: return Config(**{k: float(v) if k in reals else v for k, v in yaml.safe_load(Path(path).read_text(encoding="utf-8")).items()}) # YAML takes 3e-4 for text
-    except (AttributeError, OSError, TypeError, ValueError, yaml.YAMLError) as e: raise InputError(f"{path}: not the configuration of a run ({' '.join(str(e).split())}).") from e
+    reals, found = {f.name for f in fields(Config) if f.type is float}, read_settings(path)
+    try: return Config(**{k: float(v) if k in reals and isinstance(v, str) else v for k, v in found.items()}) # YAML takes 3e-4 for text
+    except (TypeError, ValueError) as e: raise InputError(f"{path}: not the configuration of a run ({e}).") from e
+
+def read_settings(
+    path: str | Path, # A YAML file: a line for each setting, `name: value`
+) -> dict:
+    "The settings in a file; raises `InputError` where it holds anything else."
+    remedy = "Settings are written as name: value, a line for each."
+    try: found = yaml.load(read_text(path, remedy, 2**20), PlainYaml)
+    except InputError: raise
+    except Exception as e: raise InputError(f"{path}: not YAML ({' '.join(str(e).split())}). {remedy}".replace(' in "<unicode string>",', "")) from e
+    if not isinstance(found, dict): raise InputError(f"{path}: no settings in it. {remedy}")
+    return found
+
+class PlainYaml(yaml.SafeLoader):
+    "YAML in which everything stands where it is read: no aliases, and no key twice."
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent): raise yaml.constructor.ConstructorError(None, None, "found an alias, write the value itself", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value): raise yaml.constructor.ConstructorError(None, None, "found a name twice", node.start_mark)
+        return found
 
 # %% ../nbs/04_training.ipynb #6a77bb2b
 def model_card(
@@ -431,15 +461,14 @@ def validation_metrics(
     return {**{name: log[f"eval_{name}"] for name in names}, **({f"train_{names[0]}": train} if math.isfinite(train) else {}),
             "epoch": round(log["epoch"], 4), "step": log["step"]}
 
-# %% ../nbs/04_training.ipynb #3c2b45ed
+# %% ../nbs/04_training.ipynb #8de7a586
 def start_from(
     config: Config,
     named: set[str] = frozenset(), # Settings that somebody named; others may be defaults
 ) -> Config: # The same, where `init_from` names no model
     "`config` with the shape, and where it names none with the data, of the model that it starts from; raises `InputError` where they contradict each other."
     if config.init_from is None: return config
-    task_of(config.init_from) # is there a model?
-    body, default = GPT2Config.from_pretrained(config.init_from, local_files_only=True), Config()
+    body, default = saved_config(config.init_from), Config()
     untouched = lambda name: getattr(config, name) == getattr(default, name)
     shape = dict(max_length=body.n_positions, n_layer=body.n_layer, n_head=body.n_head, n_embd=body.n_embd)
     for name, value in shape.items():
@@ -569,14 +598,14 @@ def say_what_is_lacking(
     for purpose, labels in there.items():
         if lacking := [c for c in classes if c not in labels]: tqdm.write(f"{len(lacking)} of {len(classes)} classes have no sequence to {purpose}: {', '.join(lacking[:5])}{' and more' if len(lacking) > 5 else ''}.")
 
-# %% ../nbs/04_training.ipynb #5ef58506
+# %% ../nbs/04_training.ipynb #9815475e
 def say_what_was_seen(
     config: Config, # With `init_from`
     split: Split,
 ):
     "Says how many of the sequences to validate on the model to start from was trained on."
     try:
-        before = read_config(Path(config.init_from)/"config.yaml")
+        before = replace(read_config(Path(config.init_from)/"config.yaml"), cache_dir=config.cache_dir)
         seen = given_split(load_data(before, load_tokenizer(config.init_from))[1].train, split.validation).shared
     except InputError: return tqdm.write(f"What {config.init_from} was trained on is gone: whether the sequences to validate on were among it cannot be told.")
     if seen > split.shared: tqdm.write(f"{config.init_from} was trained on {seen:,} of the sequences to validate on, so they flatter. The --seed of that training, {before.seed}, gives its split.")
