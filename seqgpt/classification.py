@@ -37,7 +37,7 @@ from .model import load_model
 from .tokenizer import InputError, html_table, load_tokenizer
 from .training import macro_f1
 
-# %% ../nbs/07_classification.ipynb #774f7787
+# %% ../nbs/07_classification.ipynb #7515f84f
 def class_logits(
     model, # A classifier, in evaluation mode
     batch: dict[str, torch.Tensor], # `input_ids`, and `attention_mask` where something is padded, on either side
@@ -45,7 +45,9 @@ def class_logits(
     "The scores of the classes, the same however the batch is padded."
     inputs = {name: t.to(model.device) for name, t in batch.items() if name != "labels"}
     if (mask := inputs.get("attention_mask")) is not None: inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.inference_mode(): return model(**inputs).logits.float()
+    with torch.inference_mode(): logits = model(**inputs).logits.float()
+    if not logits.isfinite().all(): raise InputError("The scores of the classes are not finite: the model is damaged, or its training diverged. Take another copy, or train with a lower --learning_rate.")
+    return logits
 
 # %% ../nbs/07_classification.ipynb #4ebeaeff
 def predict(

@@ -7,9 +7,10 @@ __all__ = ['VERBS', 'PATHS', 'parser_for', 'plain_message', 'corpus_digits', 'co
            'write_samples', 'evaluate', 'read_sequences', 'infer', 'print_labels', 'interact', 'usage', 'preset',
            'settings_file', 'literal', 'run_verb', 'explain', 'on_lines', 'main']
 
-# %% ../nbs/10_cli.ipynb #2654a75c
+# %% ../nbs/10_cli.ipynb #b261b305
 import contextlib
 import difflib
+import errno
 import importlib
 import inspect
 import json
@@ -97,22 +98,23 @@ def measures(
     from seqgpt.evaluation import evaluate_folder, plot_evaluation
     return {"clm": (evaluate_folder, plot_evaluation), "classification": (evaluate_classifier, plot_classification)}[task]
 
-# %% ../nbs/10_cli.ipynb #178a237d
+# %% ../nbs/10_cli.ipynb #493984b5
 def train_command(
     config, # A `Config`
 ):
     "Trains, evaluates the best model and, of a language model, draws samples and the curves beside simple predictors and the best possible."
-    from seqgpt.corpora import write_digits
+    from seqgpt.corpora import digit_vocab, write_digits
     from seqgpt.evaluation import write_evaluation
     from seqgpt.inference import generate
-    from seqgpt.model import load_model
-    from seqgpt.tokenizer import InputError, load_tokenizer
+    from seqgpt.model import load_model, make_config
+    from seqgpt.tokenizer import SPECIALS, InputError, load_tokenizer, make_tokenizer
     from seqgpt.training import check_config, save_curves, train
     first = int(os.environ.get("RANK", 0)) == 0 # of several processes, one writes
     if config.data_path is None and config.init_from is None:
         if config.vocab_path: raise InputError("A vocabulary without data. Name the data with --data_path.")
         config.data_path = str(Path(config.output_dir)/"data")
         check_config(config)
+        make_config(make_tokenizer(digit_vocab(), **{role: getattr(config, role) for role in SPECIALS}), config.max_length, config.n_layer, config.n_head, config.n_embd, **config.model) # a mistake shows before anything is written
         if first and not Path(config.data_path).exists(): write_digits(config.data_path)
     run = train(config)
     if not first: return
@@ -370,8 +372,8 @@ def run_verb(
     given = vars(parser_for(verb, *targets).parse_args(rest))
     return targets[0](**{k: v for k, v in given.items() if k != "config"})
 
-# %% ../nbs/10_cli.ipynb #43261bf5
-PATHS = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) # where a path is not what it should be
+# %% ../nbs/10_cli.ipynb #b07327a0
+PATHS = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP} # where a path is not what it should be
 
 def explain(
     error: Exception,
@@ -382,7 +384,7 @@ def explain(
     if "OutOfMemory" in name or isinstance(error, MemoryError):
         return ("out of memory. Lower --batch_size and raise --gradient_accumulation_steps by the same factor: the result is the same.\n"
                 "A smaller --max_length, --n_embd or --n_layer also helps.")
-    if isinstance(error, PATHS): return f"{error.filename}: {error.strerror}. Choose another place, or make room there."
+    if getattr(error, "errno", None) in PATHS: return f"{error.filename}: {error.strerror}. Choose another place, or make room there."
     return f"{name}: {' '.join(str(error).split())[:300]}\nSEQGPT_TRACEBACK=1 in the environment shows where this came from."
 
 # %% ../nbs/10_cli.ipynb #fa7f17ba
@@ -394,7 +396,7 @@ def on_lines(
     lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in (first, second, " ".join(rest).strip()) if line]
     return "\n".join(line if len(line) <= 4000 else f"{line[:3000]} ... {line[-900:]}" for line in lines)
 
-# %% ../nbs/10_cli.ipynb #51074946
+# %% ../nbs/10_cli.ipynb #2bf371a4
 def main(
     argv: list[str] | None = None, # What stands behind `seqgpt`; default: the command line
 ) -> int: # Exit code
@@ -426,7 +428,7 @@ def main(
     except Exception as e:
         if os.environ.get("SEQGPT_TRACEBACK"): raise
         print(f"seqgpt {verb}: {on_lines(explain(e))}", file=sys.stderr)
-        return 2 if type(e).__name__ == "InputError" or isinstance(e, PATHS) else 1
+        return 2 if type(e).__name__ == "InputError" or getattr(e, "errno", None) in PATHS else 1
 
 # %% ../nbs/10_cli.ipynb #63a723cd
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main()) # as `python -m seqgpt.cli`, which torchrun needs; not in Jupyter

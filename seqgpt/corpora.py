@@ -246,7 +246,7 @@ def scores(self: MarkovSource,
     guess = options.round(12).argmax(1) # ties go to the first, whatever the last digits say
     return np.append(np.log(len(self.symbols)), nats), np.append(tokens[0] == self.symbols[0], guess == chosen)
 
-# %% ../nbs/02_corpora.ipynb #0769192d
+# %% ../nbs/02_corpora.ipynb #ef348c97
 def make_markov(
     order: int = 1, # Symbols that the next one depends on: 1 or 2
     branching: int = 4, # Symbols that can follow each one
@@ -260,12 +260,13 @@ def make_markov(
 ) -> MarkovSource:
     "A source with random tables; raises `InputError` for impossible sizes."
     for name, value, fine, rule in (
-            ("order", order, order in (1, 2), "be 1 or 2"), ("symbols", symbols, symbols >= 2, "be at least 2"), ("classes", classes, classes >= 1, "be at least 1"),
+            ("order", order, order in (1, 2), "be 1 or 2"), ("symbols", symbols, 2 <= symbols <= 20_000, "lie between 2 and 20,000"), ("classes", classes, 1 <= classes <= 10_000, "lie between 1 and 10,000"),
             ("branching", branching, order <= branching <= symbols, f"lie between {order} (with order {order}) and the {symbols} symbols"), ("difference", difference, 0 <= difference <= 1, "lie between 0 and 1"),
             ("concentration", concentration, 0.01 <= concentration <= 1e6, "lie between 0.01 and a million"), ("seed", seed, seed >= 0, "be 0 or more"),
             ("min_length", min_length, min_length >= 3, "be at least 3: <bos>, a symbol, <eos>"), ("max_length", max_length, max_length >= min_length, f"be at least min_length ({min_length})")):
         if not fine: raise InputError(f"{name} is {value}. It must {rule}.")
     rng, states = np.random.default_rng(seed), symbols * branching**(order - 1)
+    if classes*states*branching > 2**28: raise InputError(f"The tables would have {classes*states*branching:,} numbers, more than 2**28. Lower branching ({branching}), symbols ({symbols}) or classes ({classes}).")
     successors = rng.random((symbols, symbols)).argsort(axis=1)[:, :branching]
     common, own = (rng.dirichlet([concentration]*branching, size=size) for size in ((1, states), (classes, states)))
     return MarkovSource([f"s{k:03}" for k in range(symbols)], successors, np.where(rng.random((states, 1)) < difference, own, common), min_length, max_length)
@@ -319,7 +320,7 @@ def expected_limits(
         if t >= source.order: share = (flow @ (share[..., None]*source.probabilities).reshape(classes, -1).T).T
     return {"perplexity": float(np.exp(nats / tokens)), "accuracy": float(right / tokens), "tokens": float(tokens)}
 
-# %% ../nbs/02_corpora.ipynb #a5b28432
+# %% ../nbs/02_corpora.ipynb #ddd88b6c
 RULE = ("The class is uniform over the rows of `probabilities`, the length (tokens, with <bos> and <eos>) uniform from min_length to max_length, the first symbol uniform over `symbols`. "
         "Symbol x is followed by symbols[successors[x][r]] with probability probabilities[class][state][r]. Order 1: state = x. "
         "Order 2: state = len(successors[w])*w + rank of x among successors[w], for w before x; the second symbol, with no w before its x, has every r equally likely.")
@@ -332,6 +333,7 @@ def write_markov(
 ) -> tuple[list[list[str]], list[int]]: # The sequences and their classes
     "Writes a corpus drawn from `source`, and `source.json`; raises `InputError` where a corpus is in the way."
     if num_sequences < 1: raise InputError(f"num_sequences is {num_sequences}. It must be at least 1.")
+    if num_sequences*source.max_length > 2**30: raise InputError(f"num_sequences ({num_sequences}) of up to max_length ({source.max_length}) tokens are more than 2**30 tokens, too many to draw at once. Lower one of them.")
     if (Path(folder)/"source.json").exists(): raise InputError(f"{folder}/source.json: is there already. Choose another folder, or move it away.")
     sequences, labels = source.draw(num_sequences, seed)
     write_corpus(folder, sequences, labels, {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *source.symbols])})

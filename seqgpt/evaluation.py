@@ -10,7 +10,7 @@ __all__ = ['perplexity_of', 'accuracy_of', 'BINS', 'short_name', 'token_scores',
            'plot_distances', 'plot_drawn', 'plot_evaluation', 'training_split', 'evaluate_folder', 'evaluation_data',
            'write_evaluation']
 
-# %% ../nbs/06_evaluation.ipynb #c0b25490
+# %% ../nbs/06_evaluation.ipynb #345b53ab
 import json
 import math
 import warnings
@@ -36,9 +36,9 @@ from .data import Split, class_names, collate, given_split, read_corpus, unframe
 from .inference import generate
 from .model import load_model
 from .tokenizer import InputError, html_table, load_tokenizer, read_json
-from .training import load_data, read_config
+from .training import check_config, load_data, read_config
 
-# %% ../nbs/06_evaluation.ipynb #105e2b0c
+# %% ../nbs/06_evaluation.ipynb #a67748e6
 def token_scores(
     model, # A language model, in evaluation mode
     batch: dict[str, torch.Tensor], # From `collate`
@@ -48,6 +48,7 @@ def token_scores(
     truth = batch.pop("labels")[:, 1:]
     with torch.inference_mode(): logits = model(**batch).logits[:, :-1].float()
     nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), truth, ignore_index=-100, reduction="none").double()
+    if not nats.isfinite().all(): raise InputError("The loss of the model is not finite: it is damaged, or its training diverged. Take another copy, or train with a lower --learning_rate.")
     nats[truth == -100] = torch.nan
     confidence, guess = logits.softmax(-1).max(-1)
     return nats.cpu().numpy(), (guess == truth).cpu().numpy(), confidence.cpu().numpy()
@@ -487,7 +488,7 @@ def plot_evaluation(
     for ax, panel in zip(axes.flat, panels): panel(evaluation, ax)
     return fig
 
-# %% ../nbs/06_evaluation.ipynb #a823f42a
+# %% ../nbs/06_evaluation.ipynb #9e5e6ce8
 def training_split(
     model_path: str | Path, # A folder such as outputs/best_model
     tokenizer, # Of the model
@@ -495,7 +496,9 @@ def training_split(
 ) -> Split:
     "The data that a model was trained and validated on; raises `InputError` where it is gone, or has changed."
     config, written = replace(read_config(Path(model_path)/"config.yaml"), cache_dir=cache_dir), Path(model_path).parent/"split.json"
-    try: corpus, split = load_data(config, tokenizer)
+    try:
+        check_config(config)
+        corpus, split = load_data(config, tokenizer)
     except InputError as e: raise InputError(f"{e}\nThat is what the model was trained on; name other sequences with --data_path (evaluate) or --prompt_file (infer).") from e
     if written.exists() and read_json(written, most=2**33).get("fingerprint") != corpus.report["fingerprint"]:
         raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same.\nName other sequences with --data_path (evaluate) or --prompt_file (infer).")

@@ -162,7 +162,7 @@ def quicken(
             if type(child) is torch.nn.Dropout: setattr(module, name, Dropout(child.p).train(child.training))
     return model
 
-# %% ../nbs/03_model.ipynb #0819979c
+# %% ../nbs/03_model.ipynb #adfd6dc2
 disable_progress_bar() # Transformers' bar for reading or writing one small file
 
 def saved_config(
@@ -203,8 +203,8 @@ def load_model(
     try: shapes = block_shapes(config, task, each=4)
     except InputError as e: raise InputError(f"{folder}/config.json: {e}") from e
     shapes = {name.replace(".h.0.", f".h.{k}."): shape for k in range(blocks) for name, shape in shapes.items()}
-    if wrong := [name for name, shape in shapes.items() if there.get(name, (0, 0))[0] != shape or there[name][1] not in ("F64", "F32", "F16", "BF16")]:
-        raise InputError(f"{folder}: {len(wrong)} weights of a GPT-2 {kinds[task]} as in config.json are not in model.safetensors, {wrong[0]} {shapes[wrong[0]]} first. Take both from one training.")
-    weights = {name: t for name, t in load_file(file).items() if name in shapes}
+    if wrong := [name for name in shapes | there if name not in shapes or there.get(name, (0, 0))[0] != shapes[name] or there[name][1] not in ("F64", "F32", "F16", "BF16")]:
+        raise InputError(f"{folder}: {len(wrong)} weights in model.safetensors are not those of a GPT-2 {kinds[task]} as in config.json, {wrong[0]!r} first. Take both from one training.")
+    weights = load_file(file)
     if wrong := [name for name, t in weights.items() if not t.isfinite().all()]: raise InputError(f"{file}: {len(wrong)} weights are not finite, {wrong[0]} first: it is damaged, or the training diverged. Take another copy.")
     return exact_loss(TASKS[task].from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)).eval()

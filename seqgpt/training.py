@@ -11,7 +11,7 @@ __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision
            'resume_command', 'begin_run', 'say_what_is_lacking', 'say_what_was_seen', 'Run', 'plot_curves',
            'save_curves', 'task_parts', 'train']
 
-# %% ../nbs/04_training.ipynb #5ab56928
+# %% ../nbs/04_training.ipynb #9b4ff2ca
 import json
 import logging
 import math
@@ -42,7 +42,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import ByLength, Corpus, Split, class_names, collate, corpus_files, given_split, read_corpus, split_corpus
+from .data import LONG, ByLength, Corpus, Split, class_names, collate, corpus_files, given_split, read_corpus, split_corpus
 from .model import TASKS, count_parameters, keep_memory, load_model, make_config, new_model, quicken, saved_config, task_of
 from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_text, read_vocab, save_tokenizer
 
@@ -95,7 +95,7 @@ class Config:
             if isinstance(value, str) and "\0" in value: raise InputError(f"{f.name} is {value!r}. The character 0 cannot be part of a name.")
             if isinstance(value, dict) and not all(isinstance(name, str) for name in value): raise InputError(f"{f.name} is {value!r}. Its names must be words.")
 
-# %% ../nbs/04_training.ipynb #a1b6ab7a
+# %% ../nbs/04_training.ipynb #05435182
 def check_config(
     config: Config,
 ):
@@ -116,9 +116,11 @@ def check_config(
     if not 0 < config.validation_fraction < 1: raise InputError(f"validation_fraction is {config.validation_fraction}. It must lie between 0 and 1.")
     try: get_scheduler(config.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), num_warmup_steps=1, num_training_steps=2)
     except Exception as e: raise InputError(f"lr_scheduler_type {config.lr_scheduler_type!r} cannot be used: {' '.join(str(e).split())}") from e
-    if config.data_path and Path(config.data_path).resolve() == Path(config.output_dir).resolve():
+    if config.max_length < 2: raise InputError(f"max_length is {config.max_length}. A sequence has at least 2 tokens.")
+    if config.long not in LONG: raise InputError(f"long is {config.long!r}. Choose {', '.join(LONG[:-1])} or {LONG[-1]}.")
+    if os.path.realpath(config.data_path) == os.path.realpath(config.output_dir):
         raise InputError(f"{config.output_dir}: is the folder of the data. Choose another --output_dir, or samples would become data.")
-    if config.overwrite and config.init_from and Path(config.output_dir).resolve() in Path(config.init_from).resolve().parents:
+    if config.overwrite and config.init_from and Path(os.path.realpath(config.output_dir)) in Path(os.path.realpath(config.init_from)).parents:
         raise InputError(f"{config.output_dir}: holds the model to start from, which --overwrite would delete. Choose another --output_dir.")
     if config.resume and config.overwrite: raise InputError("Choose one of --resume (go on) and --overwrite (start again).")
 
