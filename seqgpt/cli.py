@@ -156,7 +156,7 @@ def write_samples(
     return (f"{out}/samples.png: of {len(samples)} drawn digits {judge.recognised(to_images([s.tokens for s in samples], vocab)):.0%} are recognised "
             f"by a classifier of real digits,\nwhich recognises {judge.recognised(judge.held_out):.0%} of held-out real ones and names {judge.accuracy:.1%} of those rightly.")
 
-# %% ../nbs/10_cli.ipynb #8d1e25e4
+# %% ../nbs/10_cli.ipynb #e6b747f2
 def evaluate(
     model_path: str, # Folder of a trained model, such as outputs/best_model
     data_path: str | None = None, # Sequences to evaluate on; default: the validation set of the training
@@ -172,6 +172,7 @@ def evaluate(
     from seqgpt.model import task_of
     from seqgpt.tokenizer import InputError
     out = Path(out_dir or Path(model_path)/(f"evaluation_{Path(data_path).stem}" if data_path else "evaluation"))
+    if link := next((p for p in (out, out/"metrics.json", out/"evaluation.png") if not out_dir and p.is_symlink()), None): raise InputError(f"{link}: is a link, and could lead anywhere. Choose an --out_dir.")
     if (out_dir or data_path) and (out/"metrics.json").exists(): raise InputError(f"{out}/metrics.json: is there already. Choose another --out_dir, or move it away.")
     measure, plot = measures(task := task_of(model_path))
     evaluation = measure(model_path, data_path, batch_size, skip_bad_lines, cache_dir=cache_dir, **({"num_samples": num_samples, "seed": seed} if task == "clm" else {}))

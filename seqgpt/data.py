@@ -202,7 +202,7 @@ class Corpus:
         return ". ".join(parts) + "."
     __repr__ = __str__
 
-# %% ../nbs/01_data.ipynb #331a94d9
+# %% ../nbs/01_data.ipynb #3931aa13
 def encode_rows(
     files: list[Path], # JSON Lines files
     tokenizer, # From `make_tokenizer`
@@ -223,7 +223,7 @@ def encode_rows(
                     ids, label = parse_line(line, tokenizer, vocab, classes)
                     pieces = cut(ids, max_length, long)
                 except BadLine as e:
-                    problems.add(f"line {number}" if len(files) == 1 else f"{path.name}:{number}", e)
+                    problems.add(f"line {number}" if len(files) == 1 else f"{repr(path.name)[1:-1]}:{number}", e)
                     continue
                 if len(ids) > max_length:
                     report["long_sequences"] += 1

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .tokenizer import InputError, read_json
 
-# %% ../nbs/03_model.ipynb #60069328
+# %% ../nbs/03_model.ipynb #ff3f60c8
 TASKS = {"clm": GPT2LMHeadModel, "classification": GPT2ForSequenceClassification}
 
 def block_shapes(
@@ -36,8 +36,9 @@ def block_shapes(
 ) -> dict[str, tuple]: # Name to shape, of the first block and of all that stands outside of the blocks
     "The parameters of a model; raises `InputError` where it cannot be built, or not on this machine."
     V, P, L, d, h = (getattr(config, name) for name in ("vocab_size", "n_positions", "n_layer", "n_embd", "n_head"))
-    for name, value in dict(n_layer=L, n_head=h, n_embd=d, max_length=P, vocab_size=V).items():
+    for name, value in dict(n_layer=L, n_head=h, n_embd=d, max_length=P, vocab_size=V, n_inner=4*d if config.n_inner is None else config.n_inner).items():
         if value < 1: raise InputError(f"{name} is {value}. It must be at least 1.")
+    if config.add_cross_attention: raise InputError("add_cross_attention is for models that are given a second sequence. Leave it out.")
     if d % h: raise InputError(f"n_embd ({d}) is not divisible by n_head ({h}). Each head gets n_embd / n_head dimensions.")
     for name in GPT2Config.__annotations__:
         if isinstance(value := getattr(config, name), float) and not 0 <= value < math.inf: raise InputError(f"{name} is {value}. It must be 0 or more.")

@@ -95,14 +95,13 @@ class Config:
             if isinstance(value, str) and "\0" in value: raise InputError(f"{f.name} is {value!r}. The character 0 cannot be part of a name.")
             if isinstance(value, dict) and not all(isinstance(name, str) for name in value): raise InputError(f"{f.name} is {value!r}. Its names must be words.")
 
-# %% ../nbs/04_training.ipynb #05435182
+# %% ../nbs/04_training.ipynb #18eb73c8
 def check_config(
     config: Config,
 ):
     "Raises `InputError` for values that no run can have."
-    positive = ("batch_size", "gradient_accumulation_steps", "learning_rate", "num_epochs", "logging_steps", "max_grad_norm")
-    for name in positive:
-        if not 0 < getattr(config, name) < math.inf: raise InputError(f"{name} is {getattr(config, name)}. It must be more than 0.")
+    for name, most in dict(batch_size=10**6, gradient_accumulation_steps=10**6, num_epochs=10**9, learning_rate=1e30, logging_steps=1e30, max_grad_norm=1e30).items():
+        if not 0 < getattr(config, name) <= most: raise InputError(f"{name} is {getattr(config, name)}. It must be more than 0, and at most {most:g}.")
     for name in ("eval_steps", "early_stopping_patience", "warmup_steps", "weight_decay"):
         if not 0 <= getattr(config, name) < math.inf: raise InputError(f"{name} is {getattr(config, name)}. It must be 0 or more.")
     if not 0 <= config.seed < 2**32: raise InputError(f"seed is {config.seed}. It must lie between 0 and {2**32 - 1}.")
