@@ -37,7 +37,7 @@ from .model import load_model
 from .tokenizer import InputError, html_table, load_tokenizer
 from .training import macro_f1
 
-# %% ../nbs/07_classification.ipynb #774f7787
+# %% ../nbs/07_classification.ipynb #7515f84f
 def class_logits(
     model, # A classifier, in evaluation mode
     batch: dict[str, torch.Tensor], # `input_ids`, and `attention_mask` where something is padded, on either side
@@ -45,7 +45,9 @@ def class_logits(
     "The scores of the classes, the same however the batch is padded."
     inputs = {name: t.to(model.device) for name, t in batch.items() if name != "labels"}
     if (mask := inputs.get("attention_mask")) is not None: inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.inference_mode(): return model(**inputs).logits.float()
+    with torch.inference_mode(): logits = model(**inputs).logits.float()
+    if not logits.isfinite().all(): raise InputError("The scores of the classes are not finite: the model is damaged, or its training diverged. Take another copy, or train with a lower --learning_rate.")
+    return logits
 
 # %% ../nbs/07_classification.ipynb #4ebeaeff
 def predict(
@@ -197,18 +199,19 @@ class ClassEvaluation:
         return html_table(rows, [name for name, *_ in rows].index("this model")) + paragraphs(self.notes()) + html_table(self.class_rows()) + paragraphs(self.mistakes())
     __repr__ = __str__
 
-# %% ../nbs/07_classification.ipynb #a0ae07e2
+# %% ../nbs/07_classification.ipynb #5ecd6ef3
 def evaluate_classifier(
     model_path: str | Path, # A folder such as classifier/best_model
     data_path: str | Path | None = None, # Labelled sequences to evaluate on; default: the validation set of the training
     batch_size: int = 16, # Sequences at once
     skip_bad_lines: bool = False, # Go on without lines of `data_path` that cannot be used
+    cache_dir: str | None = None, # Where encoded data is kept, see `read_corpus`
 ) -> ClassEvaluation:
     "Evaluates a trained classifier; raises `InputError` where model or data are missing or do not fit."
     model, tokenizer = load_model(model_path, "classification"), load_tokenizer(model_path)
     if torch.cuda.is_available(): model.cuda()
     number = model.config.label2id
-    dataset, train, source = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, list(number))
+    dataset, train, source = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, list(number), cache_dir)
     try: best = best_possible(source, tokenizer, dataset) if source else None
     except InputError as e: best = tqdm.write(str(e)) # sequences cut off, or from elsewhere: measured without a limit
     logits, to_number = predict(model, tokenizer, dataset["input_ids"], batch_size), np.vectorize(number.get, otypes=[int])

@@ -7,7 +7,7 @@ __all__ = ['RULE', 'digit_images', 'quantize', 'plot_images', 'digit_vocab', 'im
            'write_digits', 'load_images', 'DigitJudge', 'MarkovSource', 'make_markov', 'limits', 'credit',
            'expected_limits', 'write_markov', 'load_source', 'possible_pairs']
 
-# %% ../nbs/02_corpora.ipynb #962616da
+# %% ../nbs/02_corpora.ipynb #204f4e7c
 import json
 import re
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
 from .data import corpus_files, read_lines, write_corpus, written_whole
-from .tokenizer import InputError, read_vocab
+from .tokenizer import InputError, read_json, read_vocab
 
 # %% ../nbs/02_corpora.ipynb #2f8db0cb
 def digit_images(
@@ -246,7 +246,7 @@ def scores(self: MarkovSource,
     guess = options.round(12).argmax(1) # ties go to the first, whatever the last digits say
     return np.append(np.log(len(self.symbols)), nats), np.append(tokens[0] == self.symbols[0], guess == chosen)
 
-# %% ../nbs/02_corpora.ipynb #0769192d
+# %% ../nbs/02_corpora.ipynb #ef348c97
 def make_markov(
     order: int = 1, # Symbols that the next one depends on: 1 or 2
     branching: int = 4, # Symbols that can follow each one
@@ -260,12 +260,13 @@ def make_markov(
 ) -> MarkovSource:
     "A source with random tables; raises `InputError` for impossible sizes."
     for name, value, fine, rule in (
-            ("order", order, order in (1, 2), "be 1 or 2"), ("symbols", symbols, symbols >= 2, "be at least 2"), ("classes", classes, classes >= 1, "be at least 1"),
+            ("order", order, order in (1, 2), "be 1 or 2"), ("symbols", symbols, 2 <= symbols <= 20_000, "lie between 2 and 20,000"), ("classes", classes, 1 <= classes <= 10_000, "lie between 1 and 10,000"),
             ("branching", branching, order <= branching <= symbols, f"lie between {order} (with order {order}) and the {symbols} symbols"), ("difference", difference, 0 <= difference <= 1, "lie between 0 and 1"),
             ("concentration", concentration, 0.01 <= concentration <= 1e6, "lie between 0.01 and a million"), ("seed", seed, seed >= 0, "be 0 or more"),
             ("min_length", min_length, min_length >= 3, "be at least 3: <bos>, a symbol, <eos>"), ("max_length", max_length, max_length >= min_length, f"be at least min_length ({min_length})")):
         if not fine: raise InputError(f"{name} is {value}. It must {rule}.")
     rng, states = np.random.default_rng(seed), symbols * branching**(order - 1)
+    if classes*states*branching > 2**28: raise InputError(f"The tables would have {classes*states*branching:,} numbers, more than 2**28. Lower branching ({branching}), symbols ({symbols}) or classes ({classes}).")
     successors = rng.random((symbols, symbols)).argsort(axis=1)[:, :branching]
     common, own = (rng.dirichlet([concentration]*branching, size=size) for size in ((1, states), (classes, states)))
     return MarkovSource([f"s{k:03}" for k in range(symbols)], successors, np.where(rng.random((states, 1)) < difference, own, common), min_length, max_length)
@@ -319,7 +320,7 @@ def expected_limits(
         if t >= source.order: share = (flow @ (share[..., None]*source.probabilities).reshape(classes, -1).T).T
     return {"perplexity": float(np.exp(nats / tokens)), "accuracy": float(right / tokens), "tokens": float(tokens)}
 
-# %% ../nbs/02_corpora.ipynb #b6c3ce34
+# %% ../nbs/02_corpora.ipynb #06279f25
 RULE = ("The class is uniform over the rows of `probabilities`, the length (tokens, with <bos> and <eos>) uniform from min_length to max_length, the first symbol uniform over `symbols`. "
         "Symbol x is followed by symbols[successors[x][r]] with probability probabilities[class][state][r]. Order 1: state = x. "
         "Order 2: state = len(successors[w])*w + rank of x among successors[w], for w before x; the second symbol, with no w before its x, has every r equally likely.")
@@ -332,6 +333,7 @@ def write_markov(
 ) -> tuple[list[list[str]], list[int]]: # The sequences and their classes
     "Writes a corpus drawn from `source`, and `source.json`; raises `InputError` where a corpus is in the way."
     if num_sequences < 1: raise InputError(f"num_sequences is {num_sequences}. It must be at least 1.")
+    if num_sequences*source.max_length > 2**30: raise InputError(f"num_sequences ({num_sequences}) of up to max_length ({source.max_length}) tokens are more than 2**30 tokens, too many to draw at once. Lower one of them.")
     for name in ("source.json", "sequences.jsonl", "vocab.json"):
         if (Path(folder)/name).exists(): raise InputError(f"{folder}/{name}: is there already. Choose another folder, or move it away.")
     sequences, labels = source.draw(num_sequences, seed)
@@ -348,15 +350,16 @@ def load_source(
     path = Path(data_path)
     path = (path if path.is_dir() else path.parent)/"source.json"
     if not path.exists(): return None
+    d = read_json(path, "Mend it, or move it away.", most=2**33)
     try:
-        d = json.loads(path.read_text(encoding="utf-8"))
         source = MarkovSource(d["symbols"], np.array(d["successors"], int), np.array(d["probabilities"], float), int(d["min_length"]), int(d["max_length"]))
         sums, (n, branching) = source.probabilities.sum(2), source.successors.shape
         if not 3 <= source.min_length <= source.max_length: raise ValueError("the lengths are impossible")
         if source.successors.min() < 0 or source.successors.max() >= n: raise ValueError("successors are not numbers of symbols")
         if n != len(source.symbols) or d["order"] != source.order or source.probabilities.shape[1:] not in ((n, branching), (n*branching, branching)): raise ValueError("the tables do not fit each other")
         if not np.allclose(sums, 1) or source.probabilities.min() < 0: raise ValueError("probabilities do not add up to 1")
-    except (OSError, ValueError, KeyError, TypeError) as e: raise InputError(f"{path}: not the source of a corpus ({type(e).__name__}: {' '.join(str(e).split())[:200]}). Mend it, or move it away.") from e
+        if not all(isinstance(s, str) for s in source.symbols) or len({*source.symbols}) < n: raise ValueError("symbols are not distinct words")
+    except (ValueError, KeyError, TypeError, OverflowError) as e: raise InputError(f"{path}: not the source of a corpus ({type(e).__name__}: {' '.join(str(e).split())[:200]}). Mend it, or move it away.") from e
     return source
 
 # %% ../nbs/02_corpora.ipynb #ead9cf58

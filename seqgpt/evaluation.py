@@ -10,11 +10,11 @@ __all__ = ['perplexity_of', 'accuracy_of', 'BINS', 'short_name', 'token_scores',
            'plot_distances', 'plot_drawn', 'plot_evaluation', 'training_split', 'evaluate_folder', 'evaluation_data',
            'write_evaluation']
 
-# %% ../nbs/06_evaluation.ipynb #292b4403
+# %% ../nbs/06_evaluation.ipynb #72e9c39c
 import json
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -35,10 +35,10 @@ from .corpora import MarkovSource, load_source, possible_pairs
 from .data import Split, class_names, collate, given_split, read_corpus, unframed, written_whole
 from .inference import generate
 from .model import load_model
-from .tokenizer import InputError, html_table, load_tokenizer
-from .training import load_data, read_config
+from .tokenizer import InputError, html_table, load_tokenizer, read_json
+from .training import check_config, load_data, read_config
 
-# %% ../nbs/06_evaluation.ipynb #105e2b0c
+# %% ../nbs/06_evaluation.ipynb #a67748e6
 def token_scores(
     model, # A language model, in evaluation mode
     batch: dict[str, torch.Tensor], # From `collate`
@@ -48,6 +48,7 @@ def token_scores(
     truth = batch.pop("labels")[:, 1:]
     with torch.inference_mode(): logits = model(**batch).logits[:, :-1].float()
     nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), truth, ignore_index=-100, reduction="none").double()
+    if not nats.isfinite().all(): raise InputError("The loss of the model is not finite: it is damaged, or its training diverged. Take another copy, or train with a lower --learning_rate.")
     nats[truth == -100] = torch.nan
     confidence, guess = logits.softmax(-1).max(-1)
     return nats.cpu().numpy(), (guess == truth).cpu().numpy(), confidence.cpu().numpy()
@@ -487,20 +488,23 @@ def plot_evaluation(
     for ax, panel in zip(axes.flat, panels): panel(evaluation, ax)
     return fig
 
-# %% ../nbs/06_evaluation.ipynb #85690402
+# %% ../nbs/06_evaluation.ipynb #9e5e6ce8
 def training_split(
     model_path: str | Path, # A folder such as outputs/best_model
     tokenizer, # Of the model
+    cache_dir: str | None = None, # As for `read_corpus`; the folder of a model does not say where to write
 ) -> Split:
     "The data that a model was trained and validated on; raises `InputError` where it is gone, or has changed."
-    config, written = read_config(Path(model_path)/"config.yaml"), Path(model_path).parent/"split.json"
-    try: corpus, split = load_data(config, tokenizer)
+    config, written = replace(read_config(Path(model_path)/"config.yaml"), cache_dir=cache_dir), Path(model_path).parent/"split.json"
+    try:
+        check_config(config)
+        corpus, split = load_data(config, tokenizer)
     except InputError as e: raise InputError(f"{e}\nThat is what the model was trained on; name other sequences with --data_path (evaluate) or --prompt_file (infer).") from e
-    if written.exists() and json.loads(written.read_text())["fingerprint"] != corpus.report["fingerprint"]:
+    if written.exists() and read_json(written, most=2**33).get("fingerprint") != corpus.report["fingerprint"]:
         raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same.\nName other sequences with --data_path (evaluate) or --prompt_file (infer).")
     return split
 
-# %% ../nbs/06_evaluation.ipynb #d138af8e
+# %% ../nbs/06_evaluation.ipynb #83184521
 def evaluate_folder(
     model_path: str | Path, # A folder such as outputs/best_model
     data_path: str | Path | None = None, # Sequences to evaluate on; default: the validation set of the training
@@ -508,11 +512,12 @@ def evaluate_folder(
     skip_bad_lines: bool = False, # Go on without lines of `data_path` that cannot be used
     num_samples: int = 100, # Sequences to draw and look at; 0: none
     seed: int = 0, # Of these
+    cache_dir: str | None = None, # Where encoded data is kept, see `read_corpus`
 ) -> Evaluation:
     "Evaluates a trained language model; raises `InputError` where model or data are missing or do not fit."
     model, tokenizer = load_model(model_path), load_tokenizer(model_path)
     if torch.cuda.is_available(): model.cuda()
-    dataset, train, source = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines)
+    dataset, train, source = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, cache_dir=cache_dir)
     return evaluate(model, tokenizer, dataset, batch_size, train, source, num_samples, seed)
 
 def evaluation_data(
@@ -522,9 +527,10 @@ def evaluation_data(
     data_path: str | Path | None = None, # As for `evaluate_folder`
     skip_bad_lines: bool = False, # As for `evaluate_folder`
     classes: list[str] | None = None, # As for `read_corpus`
+    cache_dir: str | None = None, # As for `evaluate_folder`
 ) -> tuple[Dataset, Dataset | None, MarkovSource | None]: # Sequences to evaluate on; those of the training, unless they are gone; the source, where it is known
     "What a model is evaluated on, and what it is compared with; raises `InputError` where data is missing or does not fit."
-    try: split = training_split(model_path, tokenizer)
+    try: split = training_split(model_path, tokenizer, cache_dir)
     except InputError:
         if data_path is None: raise
         split = None # without the training data there are no baselines
@@ -532,7 +538,7 @@ def evaluation_data(
         config = read_config(Path(model_path)/"config.yaml")
         dataset, path = split.validation, config.validation_path or config.data_path
     else:
-        other = read_corpus(data_path, tokenizer, max_length, skip_bad_lines=skip_bad_lines, classes=classes)
+        other = read_corpus(data_path, tokenizer, max_length, skip_bad_lines=skip_bad_lines, classes=classes, cache_dir=cache_dir)
         tqdm.write(str(other))
         if split and (known := given_split(split.train, other.dataset).shared): tqdm.write(f"{known:,} of them stand in the training set.")
         dataset, path = other.dataset, data_path

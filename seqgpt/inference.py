@@ -153,7 +153,7 @@ class Decoder:
         self.length += 1
         return self.model.lm_head(gpt.ln_f(x))
 
-# %% ../nbs/05_inference.ipynb #0006dfe5
+# %% ../nbs/05_inference.ipynb #c287130e
 def chooser(
     tokenizer, # Of the model
     temperature: float = 1.0, # See `generate`
@@ -169,7 +169,9 @@ def chooser(
     if temperature and top_p < 1: ways.append(TopPLogitsWarper(top_p))
     def choose(ids, logits):
         scores = LogitsProcessorList(ways)(ids, logits.float())
-        return torch.multinomial(scores.softmax(-1), 1)[:, 0] if temperature else scores.argmax(-1)
+        p = scores.softmax(-1)
+        if not p.isfinite().all(): raise InputError("The scores of the symbols are not finite. Raise temperature, choose a repetition_penalty nearer to 1, or take another copy of the model.")
+        return torch.multinomial(p, 1)[:, 0] if temperature else scores.argmax(-1)
     return choose
 
 def stream(
@@ -213,7 +215,7 @@ class Samples(list):
         plt.close(figure)
         return f'<img alt="drawn digits: {len(shown)}" src="data:image/png;base64,{b64encode(png.getvalue()).decode()}">' + more
 
-# %% ../nbs/05_inference.ipynb #25e4c3a7
+# %% ../nbs/05_inference.ipynb #db300b3b
 def generate(
     model, # A language model, in evaluation mode
     tokenizer, # Its tokenizer
@@ -232,7 +234,8 @@ def generate(
     for name, value, fine, rule in (
             ("num_samples", num_samples, num_samples >= 1, "at least 1"), ("max_new_tokens", max_new_tokens, max_new_tokens is None or max_new_tokens >= 1, "at least 1"),
             ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"), ("top_k", top_k, top_k >= 0, "0 or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"), ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "more than 0")):
+            ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"), ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "more than 0"),
+            ("seed", seed, seed is None or 0 <= seed < 2**63, "0 or more, below 2**63")):
         if not fine: raise InputError(f"{name} is {value}. It must be {rule}.")
     encoded = [ids for p in prompts for ids in [encode_prompt(tokenizer, p)]*num_samples]
     room = model.config.n_positions - max(map(len, encoded))

@@ -6,13 +6,13 @@
 __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision', 'QuickTrainer', 'token_sums', 'token_metrics',
            'ExactMetrics', 'Muon', 'class_loss', 'balanced_weights', 'class_guesses', 'macro_f1', 'class_metrics',
            'save_state', 'load_state', 'checkpoints_in', 'read_checkpoint', 'StopOnSignal', 'Interrupted', 'Diverged',
-           'StopWhenNotFinite', 'write_config', 'read_config', 'model_card', 'save_model', 'Bar', 'recent_loss',
-           'KeepBest', 'out_of_patience', 'validation_metrics', 'start_from', 'load_vocab', 'load_data',
-           'training_arguments', 'Finished', 'find_checkpoint', 'run_identity', 'resume_command', 'begin_run',
-           'say_what_is_lacking', 'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train',
-           'run_trainer']
+           'StopWhenNotFinite', 'write_config', 'read_config', 'read_settings', 'PlainYaml', 'model_card', 'save_model',
+           'Bar', 'recent_loss', 'KeepBest', 'out_of_patience', 'validation_metrics', 'start_from', 'load_vocab',
+           'load_data', 'training_arguments', 'Finished', 'find_checkpoint', 'run_identity', 'resume_command',
+           'begin_run', 'say_what_is_lacking', 'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts',
+           'train', 'run_trainer']
 
-# %% ../nbs/04_training.ipynb #e2a8d2e0
+# %% ../nbs/04_training.ipynb #1ea0173a
 import contextlib
 import json
 import logging
@@ -49,12 +49,12 @@ from transformers.integrations import TensorBoardCallback
 from transformers.optimization import get_scheduler
 
 from seqgpt.data import (
-    ByLength, Corpus, Split, alone, class_names, collate, corpus_files, fingerprint, given_split, read_corpus, remove, split_corpus, sweep, written_whole,
+    LONG, ByLength, Corpus, Split, alone, class_names, collate, corpus_files, fingerprint, given_split, read_corpus, remove, split_corpus, sweep, written_whole,
 )
-from .model import TASKS, count_parameters, keep_memory, load_model, make_config, new_model, quicken, task_of
-from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_vocab, save_tokenizer
+from .model import TASKS, count_parameters, keep_memory, load_model, make_config, new_model, quicken, saved_config, task_of
+from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_json, read_text, read_vocab, save_tokenizer
 
-# %% ../nbs/04_training.ipynb #5d6d7908
+# %% ../nbs/04_training.ipynb #50983331
 @dataclass
 class Config:
     "What a training run depends on; the defaults are those of the project."
@@ -96,14 +96,20 @@ class Config:
     n_embd: int = 384 # Dimensions of a token
     model: dict = field(default_factory=dict) # Any other field of GPT2Config, such as resid_pdrop: 0.2
 
-# %% ../nbs/04_training.ipynb #a1b6ab7a
+    def __post_init__(self):
+        for f in fields(self):
+            value, kind = getattr(self, f.name), float | int if f.type is float else f.type
+            if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool: raise InputError(f"{f.name} is {value!r}. It must be {getattr(f.type, '__name__', f.type)}.")
+            if isinstance(value, str) and "\0" in value: raise InputError(f"{f.name} is {value!r}. The character 0 cannot be part of a name.")
+            if isinstance(value, dict) and not all(isinstance(name, str) for name in value): raise InputError(f"{f.name} is {value!r}. Its names must be words.")
+
+# %% ../nbs/04_training.ipynb #18eb73c8
 def check_config(
     config: Config,
 ):
     "Raises `InputError` for values that no run can have."
-    positive = ("batch_size", "gradient_accumulation_steps", "learning_rate", "num_epochs", "logging_steps", "max_grad_norm")
-    for name in positive:
-        if not 0 < getattr(config, name) < math.inf: raise InputError(f"{name} is {getattr(config, name)}. It must be more than 0.")
+    for name, most in dict(batch_size=10**6, gradient_accumulation_steps=10**6, num_epochs=10**9, learning_rate=1e30, logging_steps=1e30, max_grad_norm=1e30).items():
+        if not 0 < getattr(config, name) <= most: raise InputError(f"{name} is {getattr(config, name)}. It must be more than 0, and at most {most:g}.")
     for name in ("eval_steps", "early_stopping_patience", "warmup_steps", "weight_decay"):
         if not 0 <= getattr(config, name) < math.inf: raise InputError(f"{name} is {getattr(config, name)}. It must be 0 or more.")
     if not 0 <= config.seed < 2**32: raise InputError(f"seed is {config.seed}. It must lie between 0 and {2**32 - 1}.")
@@ -117,9 +123,11 @@ def check_config(
     if not 0 < config.validation_fraction < 1: raise InputError(f"validation_fraction is {config.validation_fraction}. It must lie between 0 and 1.")
     try: get_scheduler(config.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), num_warmup_steps=1, num_training_steps=2)
     except Exception as e: raise InputError(f"lr_scheduler_type {config.lr_scheduler_type!r} cannot be used: {' '.join(str(e).split())}") from e
-    if config.data_path and Path(config.data_path).resolve() == Path(config.output_dir).resolve():
+    if config.max_length < 2: raise InputError(f"max_length is {config.max_length}. A sequence has at least 2 tokens.")
+    if config.long not in LONG: raise InputError(f"long is {config.long!r}. Choose {', '.join(LONG[:-1])} or {LONG[-1]}.")
+    if os.path.realpath(config.data_path) == os.path.realpath(config.output_dir):
         raise InputError(f"{config.output_dir}: is the folder of the data. Choose another --output_dir, or samples would become data.")
-    if config.overwrite and config.init_from and Path(config.output_dir).resolve() in Path(config.init_from).resolve().parents:
+    if config.overwrite and config.init_from and Path(os.path.realpath(config.output_dir)) in Path(os.path.realpath(config.init_from)).parents:
         raise InputError(f"{config.output_dir}: holds the model to start from, which --overwrite would delete. Choose another --output_dir.")
     if config.resume and config.overwrite: raise InputError("Choose one of --resume (go on) and --overwrite (start again).")
 
@@ -401,7 +409,7 @@ class StopWhenNotFinite(TrainerCallback):
                 raise Diverged(f"The {name} at step {state.global_step} is {logs[name]}: training has diverged. {kept}\n"
                                f"Start again with a lower --learning_rate (it was {args.learning_rate:g}), --warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
 
-# %% ../nbs/04_training.ipynb #faf1f56b
+# %% ../nbs/04_training.ipynb #3d4dc986
 def write_config(
     config: Config,
     path: str | Path, # A YAML file
@@ -413,9 +421,31 @@ def read_config(
     path: str | Path, # What `write_config` wrote
 ) -> Config:
     "The configuration in a YAML file; raises `InputError` where there is none."
-    reals = {f.name for f in fields(Config) if f.type is float}
-    try: return Config(**{k: float(v) if k in reals else v for k, v in yaml.safe_load(Path(path).read_text(encoding="utf-8")).items()}) # YAML takes 3e-4 for text
-    except (AttributeError, OSError, TypeError, ValueError, yaml.YAMLError) as e: raise InputError(f"{path}: not the configuration of a run ({' '.join(str(e).split())}).") from e
+    reals, found = {f.name for f in fields(Config) if f.type is float}, read_settings(path)
+    try: return Config(**{k: float(v) if k in reals and isinstance(v, str) else v for k, v in found.items()}) # YAML takes 3e-4 for text
+    except (TypeError, ValueError) as e: raise InputError(f"{path}: not the configuration of a run ({e}).") from e
+
+def read_settings(
+    path: str | Path, # A YAML file: a line for each setting, `name: value`
+) -> dict:
+    "The settings in a file; raises `InputError` where it holds anything else."
+    remedy = "Settings are written as name: value, a line for each."
+    try: found = yaml.load(read_text(path, remedy, 2**20), PlainYaml)
+    except InputError: raise
+    except Exception as e: raise InputError(f"{path}: not YAML ({' '.join(str(e).split())}). {remedy}".replace(' in "<unicode string>",', "")) from e
+    if not isinstance(found, dict): raise InputError(f"{path}: no settings in it. {remedy}")
+    return found
+
+class PlainYaml(yaml.SafeLoader):
+    "YAML in which everything stands where it is read: no aliases, and no key twice."
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent): raise yaml.constructor.ConstructorError(None, None, "found an alias, write the value itself", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value): raise yaml.constructor.ConstructorError(None, None, "found a name twice", node.start_mark)
+        return found
 
 # %% ../nbs/04_training.ipynb #6a77bb2b
 def model_card(
@@ -542,15 +572,14 @@ def validation_metrics(
     return {**{name: log[f"eval_{name}"] for name in names}, **({f"train_{names[0]}": train} if math.isfinite(train) else {}),
             "epoch": round(log["epoch"], 4), "step": log["step"]}
 
-# %% ../nbs/04_training.ipynb #3c2b45ed
+# %% ../nbs/04_training.ipynb #8de7a586
 def start_from(
     config: Config,
     named: set[str] = frozenset(), # Settings that somebody named; others may be defaults
 ) -> Config: # The same, where `init_from` names no model
     "`config` with the shape, and where it names none with the data, of the model that it starts from; raises `InputError` where they contradict each other."
     if config.init_from is None: return config
-    task_of(config.init_from) # is there a model?
-    body, default = GPT2Config.from_pretrained(config.init_from, local_files_only=True), Config()
+    body, default = saved_config(config.init_from), Config()
     untouched = lambda name: getattr(config, name) == getattr(default, name)
     shape = dict(max_length=body.n_positions, n_layer=body.n_layer, n_head=body.n_head, n_embd=body.n_embd)
     for name, value in shape.items():
@@ -611,7 +640,7 @@ def training_arguments(
     args.logging_steps = min(config.logging_steps, args.eval_steps, args.max_steps)
     return args
 
-# %% ../nbs/04_training.ipynb #2420e0dd
+# %% ../nbs/04_training.ipynb #642a8029
 for place, harmless in {"trainer": "['lm_head.weight']", # not in a checkpoint: tied to the token embedding, which is
                         "modeling_utils": "your input_ids may be padded", # on the right, where no token looks
                         "trainer_utils": "arguments do not match the ones in"}.items(): # validating more or less often than before the interruption is allowed
@@ -632,7 +661,7 @@ def find_checkpoint(
     checkpoint, state = next(((c, s) for c in checkpoints_in(out/"checkpoints") if (s := read_checkpoint(c))), (None, None))
     if not config.resume or checkpoint is None:
         models = [name for name in ("best_model", "final_model") if (out/name).exists()]
-        early = config.resume and models == ["best_model"] and json.loads((out/"best_model/metrics.json").read_text())["step"] <= args.eval_steps # killed between the model and the first checkpoint
+        early = config.resume and models == ["best_model"] and read_json(out/"best_model/metrics.json")["step"] <= args.eval_steps # killed between the model and the first checkpoint
         if (checkpoint or models) and not early:
             go_on = "Go on with it (--resume), replace" if checkpoint else "There is no checkpoint to go on from; replace"
             raise InputError(f"{out}: holds an earlier run. {go_on} it (--overwrite) or choose another --output_dir.")
@@ -641,8 +670,8 @@ def find_checkpoint(
     before, now = asdict(read_config(out/"config.yaml")), asdict(config)
     fixed = ("task", "init_from", "class_weights", "max_length", "long", "validation_fraction", "batch_size", "gradient_accumulation_steps", "optimizer", "seed", "n_layer", "n_head", "n_embd", "model")
     differ = {name: f"{name} (was {before[name]}, is {now[name]})" for name in fixed if before[name] != now[name]}
-    try: written = {name: json.loads((out/"split.json").read_text())[name] for name in identity}
-    except (OSError, ValueError, KeyError) as e: raise InputError(f"{out}/split.json: cannot be read ({e}). Replace the run (--overwrite) or choose another --output_dir.") from e
+    written = read_json(out/"split.json", remedy := "Replace the run (--overwrite) or choose another --output_dir.")
+    if lacking := identity.keys() - written.keys(): raise InputError(f"{out}/split.json: has no {min(lacking)}. {remedy}")
     if written["processes"] != identity["processes"]: differ["processes"] = f"the number of processes (was {written['processes']}, is {identity['processes']})"
     if written["vocabulary"] != identity["vocabulary"]: differ["vocabulary"] = "the vocabulary"
     elif written["fingerprint"] != identity["fingerprint"] and not {"task", "max_length", "long"} & differ.keys(): differ["data"] = "the data"
@@ -651,7 +680,7 @@ def find_checkpoint(
     done = state.global_step >= args.max_steps or out_of_patience(config, state)
     if done and (out/"final_model").exists():
         raise Finished(f"{out}: the run is finished, after {state.global_step} steps. Raise --num_epochs or --max_steps to go on, or choose another --output_dir.",
-                       Run(out, json.loads((out/"best_model/metrics.json").read_text()), state.log_history))
+                       Run(out, read_json(out/"best_model/metrics.json"), state.log_history))
     tqdm.write(f"Going on from {checkpoint}.")
     return checkpoint, done
 
@@ -698,14 +727,14 @@ def say_what_is_lacking(
     for purpose, labels in there.items():
         if lacking := [c for c in classes if c not in labels]: tqdm.write(f"{len(lacking)} of {len(classes)} classes have no sequence to {purpose}: {', '.join(lacking[:5])}{' and more' if len(lacking) > 5 else ''}.")
 
-# %% ../nbs/04_training.ipynb #5ef58506
+# %% ../nbs/04_training.ipynb #9815475e
 def say_what_was_seen(
     config: Config, # With `init_from`
     split: Split,
 ):
     "Says how many of the sequences to validate on the model to start from was trained on."
     try:
-        before = read_config(Path(config.init_from)/"config.yaml")
+        before = replace(read_config(Path(config.init_from)/"config.yaml"), cache_dir=config.cache_dir)
         seen = given_split(load_data(before, load_tokenizer(config.init_from))[1].train, split.validation).shared
     except InputError: return tqdm.write(f"What {config.init_from} was trained on is gone: whether the sequences to validate on were among it cannot be told.")
     if seen > split.shared: tqdm.write(f"{config.init_from} was trained on {seen:,} of the sequences to validate on, so they flatter. The --seed of that training, {before.seed}, gives its split.")
@@ -786,7 +815,7 @@ def task_parts(
     return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, classes=model_config.label2id), compute_loss_func=partial(class_loss, weights=weights),
                 compute_metrics=ExactMetrics(partial(class_metrics, weights=weights)), preprocess_logits_for_metrics=class_guesses), model_config
 
-# %% ../nbs/04_training.ipynb #c3a7c5a0
+# %% ../nbs/04_training.ipynb #2f550670
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -821,7 +850,7 @@ def train(
         if first: save_curves(state.log_history, out)
         if stop.asked: raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. Go on with: {resume_command(out)}")
         if first: save_model(out/"final_model", model, tokenizer, config, validation_metrics(state.log_history))
-        return Run(out, json.loads((out/"best_model/metrics.json").read_text()), state.log_history)
+        return Run(out, read_json(out/"best_model/metrics.json"), state.log_history)
 
 def run_trainer(
     trainer: QuickTrainer,

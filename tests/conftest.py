@@ -10,13 +10,16 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISAB
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 import contextlib
+import functools
 import io
 import json
 import subprocess
 
+import fastcore.docments
 import numpy as np
 import pytest
 
+fastcore.docments.docments = functools.cache(fastcore.docments.docments) # reads a module anew for each command; a process has one, the tests have thousands
 ROOT = Path(__file__).parent.parent
 TINY = "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 16 --learning_rate 3e-3".split()
 NOTES = ["C4", "D4", "E4", "F4", "G4"]

@@ -1,0 +1,218 @@
+"Opening a stranger's model or corpus runs no code of theirs, writes nothing where they say, and takes no more than there is."
+import gzip
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import NOTES, ROOT, TINY, refused, seqgpt, write_lines
+
+LINES = [{"tokens": NOTES[k % 5:] + NOTES[:k % 3], "label": ["up", "down"][k % 2]} for k in range(40)]
+INFER = ["infer", "--mode", "generate", "--num_samples", 3, "--seed", 0, "--model_path", "outputs/best_model"]
+CLASSIFY = ["infer", "--mode", "classify", "--prompt", "C4 D4", "--model_path", "c/best_model"]
+EVALUATE = ["evaluate", "--num_samples", 5, "--model_path", "outputs/best_model"]
+FINE_TUNE = ["train", "--task", "classification", "--init_from", "outputs/best_model", "--output_dir", "new", "--max_steps", 1]
+REDOS = {"type": "Replace", "pattern": {"Regex": "^((\\S+)+)+$|(C4|C4 ?)+$"}, "content": "<pad>"}
+
+happened, watching = [], False
+FORBIDDEN = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "socket.getaddrinfo", "urllib.Request", "ctypes.dlopen")
+
+
+def watch(event, args):
+    "What Python itself reports: https://docs.python.org/3/library/audit_events.html."
+    if not watching: return
+    if event in FORBIDDEN and args != (None,): happened.append((event, str(args)))
+    elif event == "open" and isinstance(args[0], (str, bytes)) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT): happened.append(("write", os.path.realpath(os.fsdecode(args[0]))))
+    elif event in ("os.mkdir", "os.symlink", "os.link"): happened.append(("write", os.path.realpath(os.fsdecode(args[0]))))
+    elif event == "os.rename": happened.append(("write", os.path.realpath(os.fsdecode(args[1]))))
+
+
+sys.addaudithook(watch) # cannot be taken away again, so `watching` turns it on
+
+
+@contextmanager
+def observed(*may_write):
+    "Nothing forbidden happens, and nothing is written but beneath `may_write`, and where encoded data is kept."
+    global watching
+    happened.clear()
+    watching = True
+    try: yield
+    finally: watching = False
+    places = [os.path.realpath(p) for p in (*may_write, os.environ["HF_DATASETS_CACHE"])]
+    assert not [(event, what) for event, what in happened if event != "write" or not (what == "/dev/null" or any(what == p or what.startswith(p + os.sep) for p in places))]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "A language model and a classifier, of two steps, with their data; every command has been used once, so that all modules are there."
+    folder = tmp_path_factory.mktemp("runs")
+    write_lines(folder, LINES)
+    for task, out in (("clm", "outputs"), ("classification", "c")):
+        result = seqgpt("train", "--task", task, "--data_path", "data.jsonl", "--output_dir", out, "--max_length", 16, "--max_steps", 2, *TINY, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        for part in ("checkpoints", "runs", "final_model"): shutil.rmtree(folder/out/part)
+        shutil.rmtree(folder/out/"best_model/evaluation")
+    return folder
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    shutil.copytree(runs, tmp_path/"work")
+    return tmp_path/"work"
+
+
+class Evil:
+    "Unpickling it runs a command."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.system, (f"touch {self.path}",)
+
+
+def change(path, **fields): path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def poison(folder, evil):
+    "Everything in a model folder by which other programs can be made to run code, or to open other files."
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pkl", "tf_model.h5", "flax_model.msgpack", "rng_state.pth", "scheduler.pt"): (folder/name).write_bytes(pickle.dumps(Evil(evil)))
+    torch.save({"x": Evil(evil)}, folder/"pytorch_model-00001-of-00001.bin")
+    for name in ("modeling_evil", "tokenization_evil", "configuration_evil", "evil", "sitecustomize", "json", "torch", "handler"): (folder/f"{name}.py").write_text(f"open({str(evil)!r}, 'w')\n")
+    auto = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer")}
+    change(folder/"config.json", auto_map=auto, trust_remote_code=True, attn_implementation="kernels-community/flash-attn", _attn_implementation="kernels-community/flash-attn", _attn_implementation_internal="evil/kernel", experts_implementation="evil",
+           quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}, dtype="float16", torch_dtype="float16", _name_or_path="../../../etc", tokenizer_class="EvilTokenizer", custom_pipelines={"evil": {"impl": "evil.Evil"}}, base_model_tp_plan={"*": "evil"}, use_kernels=True,
+           transformers_weights="../../evil.safetensors", output_attentions=True, output_hidden_states=True, problem_type="regression", num_labels=10**9, pruned_heads={"0": [0, 1]}, gradient_checkpointing=True, task_specific_params={"evil": {}})
+    change(folder/"tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="EvilTokenizer", tokenizer_file="/etc/passwd", vocab_file="/etc/passwd", trust_remote_code=True, chat_template="{{ cycler.__init__.__globals__.os.system('touch " + str(evil) + "') }}",
+           extra_special_tokens={"evil": "C4"}, added_tokens_decoder={"4": {"content": "<pad>", "special": True}}, fix_mistral_regex=True, processor_class="evil.Evil")
+    change(folder/"tokenizer.json", normalizer=REDOS, pre_tokenizer={"type": "Split", "pattern": {"Regex": "((a*)*)*b"}, "behavior": "Removed", "invert": False}, decoder={"type": "Evil"}, truncation={"max_length": -1}, added_tokens=[{"id": 10**9, "content": "C4"}])
+    (folder/"adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "../evil", "auto_mapping": auto}))
+    (folder/"adapter_model.bin").write_bytes(pickle.dumps(Evil(evil)))
+    (folder/"model.safetensors.index.json").write_text(json.dumps({"weight_map": {"transformer.wte.weight": "../../../../etc/passwd"}}))
+    (folder/"generation_config.json").write_text(json.dumps({"max_new_tokens": 10**9, "num_beams": 10**6, "trust_remote_code": True, "custom_generate": "evil"}))
+    (folder/"chat_template.jinja").write_text("{{ 7 * 7 }}")
+    for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json", "metrics.json", "merges.txt", "README.md"): (folder/name).write_text("[" * 10**5)
+    return folder
+
+
+@pytest.mark.parametrize("command", [INFER, CLASSIFY, EVALUATE, FINE_TUNE], ids=["infer", "classify", "evaluate", "train"])
+def test_nothing_but_names_shapes_and_numbers_is_taken_from_a_model(command, copied, runs, tmp_path, monkeypatch):
+    clean = tmp_path/"clean"
+    shutil.copytree(runs, clean)
+    wanted = seqgpt(*command, cwd=clean)
+    for out in ("outputs", "c"): poison(copied/out/"best_model", tmp_path/"evil")
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")): monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("unpickled"))
+    with observed(copied/"outputs/best_model/evaluation", copied/"new"): result = seqgpt(*command, cwd=copied)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == wanted.stdout and not (tmp_path/"evil").exists()
+    if command is FINE_TUNE: # what is written anew is clean
+        assert "evil" not in (copied/"new/best_model/config.json").read_text() + (copied/"new/best_model/tokenizer.json").read_text() + (copied/"new/best_model/tokenizer_config.json").read_text()
+
+
+@pytest.mark.parametrize("command", [INFER, EVALUATE, FINE_TUNE], ids=["infer", "evaluate", "train"])
+def test_weights_in_other_forms_are_refused(command, copied, tmp_path):
+    poison(copied/"outputs/best_model", tmp_path/"evil")
+    (copied/"outputs/best_model/model.safetensors").unlink()
+    with observed(): refused(seqgpt(*command, cwd=copied), "no model.safetensors there")
+    shutil.copy(copied/"outputs/best_model/pytorch_model.bin", copied/"outputs/best_model/model.safetensors")
+    with observed(): refused(seqgpt(*command, cwd=copied), "model.safetensors: cannot be opened")
+    assert not (tmp_path/"evil").exists() and not (copied/"new").exists()
+
+
+@pytest.mark.parametrize("command", [INFER + ["--num_prompts", 2], EVALUATE, FINE_TUNE], ids=["infer", "evaluate", "train"])
+def test_the_settings_of_a_model_do_not_say_where_to_write(command, copied, tmp_path):
+    path = copied/"outputs/best_model/config.yaml"
+    text = path.read_text()
+    for name, value in {"cache_dir": "stolen", "output_dir": "stolen", "overwrite": "true", "resume": "true"}.items(): text = re.sub(f"^{name}: .*$", f"{name}: {tmp_path/value if value == 'stolen' else value}", text, flags=re.M)
+    path.write_text(text)
+    with observed(copied/"outputs/best_model/evaluation", copied/"new"): result = seqgpt(*command, cwd=copied)
+    if result.returncode: refused(result, "Choose one of --resume")
+    assert str(tmp_path/"stolen") in text and not (tmp_path/"stolen").exists()
+    mine = seqgpt("evaluate", "--num_samples", 0, "--model_path", "c/best_model", "--cache_dir", "mine", cwd=copied)
+    assert mine.returncode == 0 and any((copied/"mine").iterdir()), mine.stderr
+
+
+@pytest.mark.parametrize("link", ["evaluation", "evaluation/metrics.json", "evaluation/evaluation.png"])
+def test_links_in_a_model_do_not_lead_writing_away(link, copied, tmp_path):
+    target = tmp_path/"mine"
+    if link == "evaluation": target.mkdir()
+    else: target.write_text("precious")
+    (copied/"outputs/best_model"/link).parent.mkdir(exist_ok=True)
+    (copied/"outputs/best_model"/link).symlink_to(target)
+    with observed(): refused(seqgpt(*EVALUATE, cwd=copied), link, "--out_dir")
+    assert not any(target.iterdir()) if target.is_dir() else target.read_text() == "precious"
+
+
+LIMITED = """
+import json, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30,) * 2) # the libraries alone map some
+resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+sys.path.insert(0, sys.argv[1])
+from conftest import seqgpt
+from pathlib import Path
+for args in [["--version"], *json.loads(sys.argv[2])]: # all modules are there behind the first two
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    result = seqgpt(*args, cwd=".")
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps([result.returncode, result.stderr, (after.ru_maxrss - before.ru_maxrss) / 2**10, after.ru_utime - before.ru_utime]))
+"""
+
+
+def test_petabytes_are_refused_before_memory_or_time_is_taken(copied):
+    def model(name, head=None, **fields):
+        shutil.copytree(copied/"outputs/best_model", copied/name)
+        change(copied/name/"config.json", **fields)
+        if head:
+            content = (copied/name/"model.safetensors").read_bytes()
+            n = 8 + int.from_bytes(content[:8], "little")
+            new = json.dumps(head(json.loads(content[8:n]))).encode()
+            (copied/name/"model.safetensors").write_bytes(len(new).to_bytes(8, "little") + new + content[n:])
+        return ["infer", "--mode", "generate", "--model_path", name]
+    huge = lambda h: {**h, "transformer.wpe.weight": {**h["transformer.wpe.weight"], "shape": [2**46, 16]}}
+    many = lambda h: {**h, **{f"transformer.h.{k}.ln_1.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for k in range(1, 50_000)}}
+    (copied/"bomb.jsonl").write_bytes(gzip.compress(b"[" * 2**26, 9) * 64) # 4 GiB in 4 MB, a single line
+    (copied/"ids.jsonl").write_text('{"input_ids": [4, 1000000000000000]}\n' * 3)
+    (copied/"ids.json").write_text(json.dumps({"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, "C4": 10**15}))
+    train = ["train", "--data_path", "data.jsonl", "--output_dir", "new", *map(str, TINY)]
+    cases = {"warm": [*map(str, INFER)][:-1] + ["nowhere"], "layers": model("layers", n_layer=10**9), "wide": model("wide", n_embd=10**9), "positions": model("positions", n_positions=10**15), "symbols": model("symbols", vocab_size=10**15), "inner": model("inner", n_inner=10**15),
+             "fits the head": model("both", huge, n_positions=2**46), "head": model("head", huge), "many blocks": model("many", many, n_layer=50_000), "flag n_layer": [*train, "--n_layer", "1000000000"], "flag n_embd": [*train, "--n_embd", "1000000000"], "flag max_length": [*train, "--max_length", "1000000000000"],
+             "bomb": [*train, "--data_path", "bomb.jsonl"], "prompts": ["infer", "--mode", "generate", "--model_path", "outputs/best_model", "--prompt_file", "bomb.jsonl"], "ids": [*train, "--data_path", "ids.jsonl"], "vocab": [*train, "--vocab_path", "ids.json"]}
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(ROOT/"tests"), json.dumps([*cases.values()])], cwd=copied, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, line in zip(cases, done.stdout.splitlines()[1:], strict=True):
+        code, said, mebibytes, seconds = json.loads(line)
+        refused(subprocess.CompletedProcess(name, code, "", said))
+        if name != "warm": assert mebibytes < 400 and seconds < 10, (name, mebibytes, seconds)
+    assert not (copied/"new").exists()
+
+
+def test_terminals_obey_nobody(copied):
+    plain = lambda result: all(c.isprintable() or c in "\n\t" for c in result.stdout + result.stderr)
+    (copied/"many").mkdir()
+    escape = "\x1b]0;mine\x07\x1b[2J\x9b31m"
+    for name, text in {f"{escape}.jsonl": "x\n", "b.jsonl": "".join(json.dumps(r) + "\n" for r in LINES) + json.dumps({"tokens": [escape]}) + "\n" + json.dumps({"tokens": ["C4"], "label": escape}) + "\n"}.items(): (copied/"many"/name).write_text(text)
+    result = seqgpt(*EVALUATE, "--data_path", "many", "--skip_bad_lines", cwd=copied)
+    assert result.returncode == 0 and plain(result) and "\\x1b" in result.stdout and "3 bad lines left out" in result.stdout, result.stderr
+    for args in (["--prompt", escape], ["--prompt_file", escape], ["--model_path", escape], ["--config", escape], [escape], [f"--{escape}"], ["--mode", escape]):
+        result = seqgpt(*INFER, *args, cwd=copied)
+        refused(result)
+        assert plain(result), result.stderr
+    for part in ("config.json", "tokenizer.json", "config.yaml", "tokenizer_config.json"):
+        path = copied/"outputs/best_model"/part
+        text = path.read_text()
+        path.write_text(text.replace("gpt2", escape.encode("unicode_escape").decode().replace("\\x", "\\u00")).replace("WordLevel", escape).replace("data.jsonl", '"\\e[2J"').replace("<pad>", "\\u001b[2J"))
+        result = seqgpt(*EVALUATE, cwd=copied)
+        refused(result)
+        assert plain(result), result.stderr
+        path.write_text(text)
+    result = seqgpt(escape, cwd=copied)
+    refused(result)
+    assert plain(result), result.stderr
+
+
+def test_no_module_opens_pickles_or_trusts_remote_code():
+    for path in (ROOT/"seqgpt").glob("*.py"):
+        for forbidden in ("pickle", "torch.load(", "trust_remote_code", "yaml.unsafe_load", "yaml.full_load", "eval(", "exec(", "np.load(", "shell=True", "os.system", "extractall"):
+            assert not re.search(rf"(?<![\w.]){re.escape(forbidden)}", path.read_text()), (path, forbidden)
