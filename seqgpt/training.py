@@ -815,7 +815,7 @@ def task_parts(
     return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, classes=model_config.label2id), compute_loss_func=partial(class_loss, weights=weights),
                 compute_metrics=ExactMetrics(partial(class_metrics, weights=weights)), preprocess_logits_for_metrics=class_guesses), model_config
 
-# %% ../nbs/04_training.ipynb #2f550670
+# %% ../nbs/04_training.ipynb #ccc2bec3
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -830,12 +830,12 @@ def train(
     parts, model_config = task_parts(config, split, tokenizer, configure)
     tokenizer.model_max_length = config.max_length # where others cut off what is too long
     args, out = training_arguments(config, len(split.train)), Path(config.output_dir)
+    model = new_model(model_config, config.seed, config.task)
+    if config.init_from: model.transformer.load_state_dict(load_model(config.init_from, task_of(config.init_from)).transformer.state_dict())
     identity, first = run_identity(corpus, tokenizer, args), args.process_index == 0 # of several processes, one writes
     with alone(out/".lock", f"{out}: another run is writing there. Wait for its end, or choose another --output_dir.") if first else contextlib.nullcontext(), StopOnSignal() as stop:
         checkpoint, done = find_checkpoint(config, args, identity)
         args.distributed_state.wait_for_everyone() # all have read what is now written anew
-        model = new_model(model_config, config.seed, config.task)
-        if config.init_from: model.transformer.load_state_dict(load_model(config.init_from, task_of(config.init_from)).transformer.state_dict())
         if first: begin_run(config, corpus, split, identity)
         by_length = np.argsort(split.validation.with_format("numpy")["length"][:], kind="stable")
         trainer = QuickTrainer(
