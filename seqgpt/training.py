@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision', 'QuickTrainer', 'token_sums', 'token_metrics',
            'ExactMetrics', 'Muon', 'class_loss', 'balanced_weights', 'class_guesses', 'macro_f1', 'class_metrics',
-           'StopOnSignal', 'Interrupted', 'Diverged', 'StopWhenNotFinite', 'write_config', 'read_config', 'model_card',
+           'StopOnSignal', 'Interrupted', 'Diverged', 'StopWhenDiverged', 'write_config', 'read_config', 'model_card',
            'save_model', 'Bar', 'recent_loss', 'KeepBest', 'validation_metrics', 'start_from', 'load_vocab',
            'load_data', 'training_arguments', 'find_checkpoint', 'resume_command', 'begin_run', 'say_what_is_lacking',
            'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train']
@@ -279,18 +279,25 @@ class StopOnSignal(TrainerCallback):
 class Interrupted(KeyboardInterrupt):
     "The run was stopped by the user; everything is saved, and the message says how to go on."
 
-# %% ../nbs/04_training.ipynb #a8026a1a
+# %% ../nbs/04_training.ipynb #50bf037d
 class Diverged(RuntimeError):
-    "The loss is not finite; the message says what to do."
+    "Training undoes more than it mends; the message says what to do."
 
-class StopWhenNotFinite(TrainerCallback):
-    "Raises `Diverged` as soon as a loss or a gradient that is not finite is written down."
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "eval_loss", *(() if args.fp16 else ("grad_norm",))): # in fp16 a step with an infinite gradient is skipped
-            if not math.isfinite(logs.get(name, 0)):
-                kept = "There was no good model yet." if state.best_metric is None else "The best model so far is kept."
-                raise Diverged(f"The {name} at step {state.global_step} is {logs[name]}: training has diverged. {kept}\n"
-                               f"Start again with a lower --learning_rate (it was {args.learning_rate:g}), --warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
+class StopWhenDiverged(TrainerCallback):
+    "Raises `Diverged` where a loss or a gradient is not finite, or where the training loss stays far above that of blind guessing."
+    high = 0 # logs in a row with such a loss
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        blind = math.log(model.config.num_labels if model.config.problem_type else model.config.vocab_size)
+        limit = 2*max([blind, *(log["loss"] for log in state.log_history[:1])]) # the first entry is the loss before the first step
+        if "loss" in logs: self.high = self.high + 1 if logs["loss"] > limit else 0
+        names = ("loss", "eval_loss", *(() if args.fp16 else ("grad_norm",))) # in fp16 a step with an infinite gradient is skipped
+        if wrong := [name for name in names if not math.isfinite(logs.get(name, 0))]: what = f"The {wrong[0]} at step {state.global_step} is {logs[wrong[0]]}"
+        elif self.high >= 3 and self.high*args.logging_steps >= 50: what = f"For {self.high*args.logging_steps} steps the training loss has been above {limit:.3g}, and at step {state.global_step} it is {logs['loss']:.3g}; blind guessing has {blind:.3g}"
+        else: return
+        kept = "The best model so far is kept." if (state.best_metric or math.inf) < blind else "There was no good model yet."
+        raise Diverged(f"{what}: training has diverged. {kept}\nStart again with a lower --learning_rate (it was {args.learning_rate:g}; try {min(args.learning_rate/10, 1e-3):g}), "
+                       "--warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
 
 # %% ../nbs/04_training.ipynb #29b095e8
 def write_config(
@@ -375,16 +382,18 @@ class Bar(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs: self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
-# %% ../nbs/04_training.ipynb #fccc0178
+# %% ../nbs/04_training.ipynb #31d5604b
 def recent_loss(
     history: list[dict], # What `Trainer` wrote down; the last entry is a validation
 ) -> float: # nan where nothing was written down
     "The training loss between the last two validations."
-    losses = []
-    for log in reversed(history[:-1]):
-        if "eval_loss" in log: break
-        if "loss" in log: losses.append(log["loss"])
-    return sum(losses)/len(losses) if losses else math.nan
+    losses, steps, last = [], [], 0
+    for log in history[:-1]:
+        if "eval_loss" in log: losses, steps = [], []
+        if "loss" not in log: continue
+        losses.append(log["loss"]); steps.append(log["step"] - last) # of which it is the mean
+        last = log["step"]
+    return float(np.average(losses, weights=steps)) if losses else math.nan
 
 # %% ../nbs/04_training.ipynb #89192fc0
 class KeepBest(TrainerCallback):
@@ -478,7 +487,7 @@ def load_data(
     other = read(config.validation_path, class_names(corpus.dataset.unique("label")) if config.task == "classification" else None)
     return Corpus(corpus.dataset, {**corpus.report, "fingerprint": f"{corpus.report['fingerprint']}, {other.report['fingerprint']}"}), given_split(corpus.dataset, other.dataset)
 
-# %% ../nbs/04_training.ipynb #51716f58
+# %% ../nbs/04_training.ipynb #9b37807c
 def training_arguments(
     config: Config,
     n_train: int, # Training sequences
@@ -492,7 +501,7 @@ def training_arguments(
         learning_rate=config.learning_rate, lr_scheduler_type=config.lr_scheduler_type, warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, bf16=precision == "bf16" and gpu, fp16=precision == "fp16",
         eval_strategy="steps", save_strategy="steps", save_total_limit=2, metric_for_best_model="loss", greater_is_better=False,
-        batch_eval_metrics=True, include_num_input_tokens_seen="non_padding", logging_nan_inf_filter=False, report_to=[],
+        batch_eval_metrics=True, include_num_input_tokens_seen="non_padding", logging_first_step=True, logging_nan_inf_filter=False, report_to=[],
         remove_unused_columns=False, disable_tqdm=False, dataloader_pin_memory=torch.cuda.is_available())
     per_epoch = math.ceil(n_train / (args.train_batch_size * args.world_size * config.gradient_accumulation_steps))
     args.max_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * per_epoch)
@@ -657,7 +666,7 @@ def task_parts(
     return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, classes=model_config.label2id), compute_loss_func=partial(class_loss, weights=weights),
                 compute_metrics=ExactMetrics(partial(class_metrics, weights=weights)), preprocess_logits_for_metrics=class_guesses), model_config
 
-# %% ../nbs/04_training.ipynb #67c7a831
+# %% ../nbs/04_training.ipynb #970d5f22
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -680,7 +689,7 @@ def train(
     trainer = QuickTrainer(
         model, args, train_dataset=split.train, eval_dataset=split.validation.select(by_length), processing_class=tokenizer, **parts,
         half=args.use_cpu and pick_precision(config.precision) == "bf16", optimizers=(Muon(model, config.learning_rate, config.weight_decay) if config.optimizer == "muon" else None, None),
-        callbacks=[StopWhenNotFinite(), KeepBest(out, tokenizer, config), stop, *callbacks])
+        callbacks=[StopWhenDiverged(), KeepBest(out, tokenizer, config), stop, *callbacks])
     if first: trainer.add_callback(TensorBoardCallback(SummaryWriter(out/"runs")))
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
     with stop: trainer.train(resume_from_checkpoint=checkpoint)
