@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision', 'QuickTrainer', 'token_sums', 'token_metrics',
            'ExactMetrics', 'Muon', 'class_loss', 'balanced_weights', 'class_guesses', 'macro_f1', 'class_metrics',
-           'StopOnSignal', 'Interrupted', 'Diverged', 'StopWhenDiverged', 'write_config', 'read_config', 'model_card',
-           'save_model', 'Bar', 'recent_loss', 'KeepBest', 'validation_metrics', 'start_from', 'load_vocab',
-           'load_data', 'training_arguments', 'find_checkpoint', 'resume_command', 'begin_run', 'say_what_is_lacking',
+           'StopOnSignal', 'Interrupted', 'Diverged', 'StopWhenDiverged', 'OutOfMemory', 'out_of_memory',
+           'largest_batch', 'say_what_fits', 'write_config', 'read_config', 'model_card', 'save_model', 'Bar',
+           'recent_loss', 'KeepBest', 'validation_metrics', 'start_from', 'load_vocab', 'load_data',
+           'training_arguments', 'find_checkpoint', 'resume_command', 'begin_run', 'say_what_is_lacking',
            'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train']
 
-# %% ../nbs/04_training.ipynb #45e9c395
+# %% ../nbs/04_training.ipynb #5df53b85
+import contextlib
 import json
 import logging
 import math
@@ -20,6 +22,7 @@ import shutil
 import signal
 import threading
 import time
+import traceback
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -32,6 +35,7 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from sklearn.metrics import f1_score
 from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
@@ -298,6 +302,52 @@ class StopWhenDiverged(TrainerCallback):
         kept = "The best model so far is kept." if (state.best_metric or math.inf) < blind else "There was no good model yet."
         raise Diverged(f"{what}: training has diverged. {kept}\nStart again with a lower --learning_rate (it was {args.learning_rate:g}; try {min(args.learning_rate/10, 1e-3):g}), "
                        "--warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
+
+# %% ../nbs/04_training.ipynb #faa8f571
+class OutOfMemory(RuntimeError):
+    "A batch does not fit into memory; the message says what does."
+
+def out_of_memory(
+    error: BaseException,
+) -> bool:
+    "Whether memory ran out, on a GPU or a CPU."
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error) or str(error) == "could not create a primitive" # so oneDNN says it
+
+def largest_batch(
+    trainer: Trainer, # Its model and optimiser are of no use afterwards
+) -> int: # 0: not even one sequence fits
+    "The largest part of a batch, in sequences, that can be trained on, be they as long as the longest of the data; less than a whole one."
+    lengths = [(max(d.with_format("numpy")["length"][:]), d) for d in (trainer.train_dataset, trainer.eval_dataset)]
+    longest, data = max(lengths, key=lambda pair: pair[0])
+    row, whole = data[data.with_format("numpy")["length"][:].tolist().index(longest)], trainer.args.per_device_train_batch_size
+    for size in (k for k in range(whole // 2, 0, -1) if whole % k == 0):
+        trainer.model.zero_grad()
+        trainer.optimizer.state.clear()
+        clear_device_cache(garbage_collection=True)
+        try:
+            for _ in range(2):
+                trainer.training_step(trainer.model, trainer.data_collator([row]*size))
+                trainer.optimizer.step()
+            return size
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e): raise
+    return 0
+
+@contextlib.contextmanager
+def say_what_fits(
+    trainer: Trainer,
+):
+    "Where memory runs out inside, finds out what fits, and raises `OutOfMemory`."
+    try: yield
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e): raise
+        traceback.clear_frames(e.__traceback__) # they hold on to what was computed
+        args, n = trainer.args, count_parameters(trainer.model)["all"]
+        whole, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        size = largest_batch(trainer) if args.world_size == 1 else whole // 2 # several processes would wait for each other
+        remedy = f"--batch_size {size} --gradient_accumulation_steps {parts*whole//size} {'fits' if args.world_size == 1 else 'takes half of it'}, and a step counts as many sequences as before.\nStart again with that" if size else (
+            f"Not even one sequence fits; weights, gradients and moments of the {n:,} parameters alone take {16*n/1e9:.2g} GB.\nStart again with a lower --max_length, --n_embd or --n_layer")
+        raise OutOfMemory(f"Out of memory, with batches of {whole}. {remedy}, and with --overwrite or another --output_dir.") from None
 
 # %% ../nbs/04_training.ipynb #29b095e8
 def write_config(
@@ -666,12 +716,12 @@ def task_parts(
     return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, classes=model_config.label2id), compute_loss_func=partial(class_loss, weights=weights),
                 compute_metrics=ExactMetrics(partial(class_metrics, weights=weights)), preprocess_logits_for_metrics=class_guesses), model_config
 
-# %% ../nbs/04_training.ipynb #970d5f22
+# %% ../nbs/04_training.ipynb #66f58871
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
 ) -> Run:
-    "Trains a GPT-2; raises `InputError` before anything is written, `Interrupted` or `Diverged` later."
+    "Trains a GPT-2; raises `InputError` before anything is written, `Interrupted`, `Diverged` or `OutOfMemory` later."
     config = start_from(config)
     check_config(config)
     tokenizer = load_vocab(config)
@@ -692,7 +742,7 @@ def train(
         callbacks=[StopWhenDiverged(), KeepBest(out, tokenizer, config), stop, *callbacks])
     if first: trainer.add_callback(TensorBoardCallback(SummaryWriter(out/"runs")))
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
-    with stop: trainer.train(resume_from_checkpoint=checkpoint)
+    with stop, say_what_fits(trainer): trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
     if first: save_curves(state.log_history, out)
     if stop.asked: raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. Go on with: {resume_command(out)}")
