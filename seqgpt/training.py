@@ -303,7 +303,7 @@ class StopWhenDiverged(TrainerCallback):
         raise Diverged(f"{what}: training has diverged. {kept}\nStart again with a lower --learning_rate (it was {args.learning_rate:g}; try {min(args.learning_rate/10, 1e-3):g}), "
                        "--warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
 
-# %% ../nbs/04_training.ipynb #faa8f571
+# %% ../nbs/04_training.ipynb #082c3bec
 class OutOfMemory(RuntimeError):
     "A batch does not fit into memory; the message says what does."
 
@@ -317,9 +317,10 @@ def largest_batch(
     trainer: Trainer, # Its model and optimiser are of no use afterwards
 ) -> int: # 0: not even one sequence fits
     "The largest part of a batch, in sequences, that can be trained on, be they as long as the longest of the data; less than a whole one."
-    lengths = [(max(d.with_format("numpy")["length"][:]), d) for d in (trainer.train_dataset, trainer.eval_dataset)]
-    longest, data = max(lengths, key=lambda pair: pair[0])
-    row, whole = data[data.with_format("numpy")["length"][:].tolist().index(longest)], trainer.args.per_device_train_batch_size
+    lengths = [(d.with_format("numpy")["length"][:], d) for d in (trainer.train_dataset, trainer.eval_dataset)]
+    longest, data = max(lengths, key=lambda pair: pair[0].max())
+    row, whole = data[int(longest.argmax())], trainer.args.per_device_train_batch_size
+    trainer.accelerator.sync_gradients = True # otherwise the optimiser may wait for more batches
     for size in (k for k in range(whole // 2, 0, -1) if whole % k == 0):
         trainer.model.zero_grad()
         trainer.optimizer.state.clear()
@@ -344,8 +345,9 @@ def say_what_fits(
         traceback.clear_frames(e.__traceback__) # they hold on to what was computed
         args, n = trainer.args, count_parameters(trainer.model)["all"]
         whole, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        size = largest_batch(trainer) if args.world_size == 1 else whole // 2 # several processes would wait for each other
-        remedy = f"--batch_size {size} --gradient_accumulation_steps {parts*whole//size} {'fits' if args.world_size == 1 else 'takes half of it'}, and a step counts as many sequences as before.\nStart again with that" if size else (
+        alone = args.world_size == 1 # several processes would wait for each other
+        size = largest_batch(trainer) if alone else max((k for k in range(1, whole) if whole % k == 0), default=0)
+        remedy = f"--batch_size {size} --gradient_accumulation_steps {parts*whole//size} {'fits' if alone else 'takes less'}, and each step still sees as many sequences.\nStart again with that" if size else (
             f"Not even one sequence fits; weights, gradients and moments of the {n:,} parameters alone take {16*n/1e9:.2g} GB.\nStart again with a lower --max_length, --n_embd or --n_layer")
         raise OutOfMemory(f"Out of memory, with batches of {whole}. {remedy}, and with --overwrite or another --output_dir.") from None
 
@@ -365,7 +367,7 @@ def read_config(
     try: return Config(**{k: float(v) if k in reals else v for k, v in yaml.safe_load(Path(path).read_text(encoding="utf-8")).items()}) # YAML takes 3e-4 for text
     except (AttributeError, OSError, TypeError, ValueError, yaml.YAMLError) as e: raise InputError(f"{path}: not the configuration of a run ({' '.join(str(e).split())}).") from e
 
-# %% ../nbs/04_training.ipynb #6a77bb2b
+# %% ../nbs/04_training.ipynb #d2d6e006
 def model_card(
     model, # A GPT-2
     tokenizer, # Its tokenizer
@@ -377,7 +379,7 @@ def model_card(
     kind, use = ("text-generation", f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 inputs = tokenizer("{tokenizer.bos_token}", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_length={c.n_positions})[0]))""") if config.task == "clm" else ("text-classification", f"""from transformers import pipeline
+print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_length={c.n_positions})[0]))""") if config.task == "clm" else ("text-classification", """from transformers import pipeline
 print(pipeline("text-classification", ".")("symbols with spaces between"))""")
     what = "" if config.task == "clm" else f" that tells {c.num_labels} classes apart"
     return f"""---
@@ -716,7 +718,7 @@ def task_parts(
     return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, classes=model_config.label2id), compute_loss_func=partial(class_loss, weights=weights),
                 compute_metrics=ExactMetrics(partial(class_metrics, weights=weights)), preprocess_logits_for_metrics=class_guesses), model_config
 
-# %% ../nbs/04_training.ipynb #66f58871
+# %% ../nbs/04_training.ipynb #41f5bdba
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -740,9 +742,9 @@ def train(
         model, args, train_dataset=split.train, eval_dataset=split.validation.select(by_length), processing_class=tokenizer, **parts,
         half=args.use_cpu and pick_precision(config.precision) == "bf16", optimizers=(Muon(model, config.learning_rate, config.weight_decay) if config.optimizer == "muon" else None, None),
         callbacks=[StopWhenDiverged(), KeepBest(out, tokenizer, config), stop, *callbacks])
-    if first: trainer.add_callback(TensorBoardCallback(SummaryWriter(out/"runs")))
+    if first: trainer.add_callback(TensorBoardCallback(writer := SummaryWriter(out/"runs")))
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
-    with stop, say_what_fits(trainer): trainer.train(resume_from_checkpoint=checkpoint)
+    with stop, writer if first else contextlib.nullcontext(), say_what_fits(trainer): trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
     if first: save_curves(state.log_history, out)
     if stop.asked: raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. Go on with: {resume_command(out)}")
