@@ -354,11 +354,11 @@ def run_verb(
     given = vars(parser_for(verb, *targets).parse_args(rest))
     return targets[0](**{k: v for k, v in given.items() if k != "config"})
 
-# %% ../nbs/10_cli.ipynb #2eee5224
+# %% ../nbs/10_cli.ipynb #526ce7e6
 PATHS = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) # where a path is not what it should be
 
 LESS = {"train": "Lower --n_embd, --n_layer or --max_length: the model itself is too large. Or, if the training is finished: its models are saved; go on with seqgpt evaluate and a lower --batch_size.", # training steps have a message of their own
-        "evaluate": "Lower --batch_size (or else 16); where it happens while drawing, --num_samples (or else 100).",
+        "evaluate": "Lower --batch_size (default 16) or, where it happens while sequences are drawn, --num_samples (default 100).",
         "infer": "Lower --num_samples or --num_prompts, of which 32 are continued at once, or --max_new_tokens.",
         "corpus markov": "Lower --num_sequences."} # what takes memory, by verb
 
@@ -369,7 +369,7 @@ def explain(
     "An error in the words of a user."
     name = type(error).__name__
     if name in ("InputError", "Diverged", "OutOfMemory"): return str(error)
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)): return f"out of memory. {LESS.get(verb, 'Close other programs, or make it smaller.')}"
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|could not create a primitive", str(error)): return f"out of memory. {LESS.get(verb, 'Close other programs, or make it smaller.')}"
     if isinstance(error, PATHS): return f"{error.filename}: {error.strerror}. Choose another place, or make room there."
     return f"{name}: {' '.join(str(error).split())[:300]}\nSEQGPT_TRACEBACK=1 in the environment shows where this came from."
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -125,8 +126,20 @@ def test_out_of_memory_says_what_fits(config, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_what_was_computed_is_gone_before_less_is_tried(sequences, tmp_path, monkeypatch):
+    held = []
+    def run_out(self, model, inputs, *args, **kwargs):
+        assert not any(seen() is not None for seen in held)
+        computed = torch.zeros(len(inputs["input_ids"]))
+        held.append(weakref.ref(computed))
+        raise MemoryError
+    monkeypatch.setattr(T.QuickTrainer, "compute_loss", run_out)
+    with pytest.raises(T.OutOfMemory, match="Not even one"): T.train(replace(sequences, output_dir=str(tmp_path)))
+    assert len(held) == 5 # 16, 8, 4, 2, 1
+
+
 @pytest.mark.parametrize("verb, setting", {"evaluate": "--batch_size", "infer": "--num_samples"}.items())
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8650752 bytes."), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")], ids=["python", "cpu", "gpu"])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8650752 bytes."), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError("could not create a primitive")], ids=["python", "cpu", "gpu", "oneDNN"])
 def test_out_of_memory_names_the_setting_of_the_verb(verb, setting, error, monkeypatch, tmp_path):
     monkeypatch.setattr("seqgpt.cli.run_verb", lambda *_: (_ for _ in ()).throw(error))
     result = seqgpt(verb, "--model_path", "x", cwd=tmp_path)
