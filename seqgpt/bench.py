@@ -13,7 +13,7 @@ __all__ = ['quartiles', 'DTYPES', 'SYMBOLS', 'LONG', 'adamw', 'WARM_UP', 'megaby
            'bench_data', 'show_data', 'bench_startup', 'show_startup', 'plot_bars', 'plot_lines', 'plot_bench',
            'machine', 'bench']
 
-# %% ../nbs/11_bench.ipynb #b0e6865b
+# %% ../nbs/11_bench.ipynb #f1d2e5a2
 import copy
 import importlib.metadata
 import importlib.util
@@ -27,14 +27,13 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -353,7 +352,7 @@ class Contender:
         self.process.communicate()
         self.errors.close()
 
-# %% ../nbs/11_bench.ipynb #922ab136
+# %% ../nbs/11_bench.ipynb #c1b4ca08
 WARM_UP = 2 # steps
 
 def bench_training(
@@ -367,7 +366,7 @@ def bench_training(
     work = sum(training_flops(setup.length, setup.n_layer, setup.n_embd, setup.vocab_size))
     with ExitStack() as stack:
         running, first = {}, {}
-        for name, (precision, package, _) in tqdm(contenders().items(), desc="Starting", leave=False):
+        for name, (_, package, _) in tqdm(contenders().items(), desc="Starting", leave=False):
             if names and name not in names: continue
             if package and not importlib.util.find_spec(package): left_out[name] = "not installed: pip install 'seqgpt[bench]'"; continue
             try:

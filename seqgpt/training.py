@@ -6,13 +6,13 @@
 __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision', 'QuickTrainer', 'token_sums', 'token_metrics',
            'ExactMetrics', 'Muon', 'class_loss', 'balanced_weights', 'class_guesses', 'macro_f1', 'class_metrics',
            'save_state', 'load_state', 'checkpoints_in', 'read_checkpoint', 'StopOnSignal', 'Interrupted', 'Diverged',
-           'StopWhenNotFinite', 'write_config', 'read_config', 'read_settings', 'PlainYaml', 'model_card', 'save_model',
-           'Bar', 'recent_loss', 'KeepBest', 'out_of_patience', 'validation_metrics', 'start_from', 'load_vocab',
-           'load_data', 'training_arguments', 'Finished', 'find_checkpoint', 'run_identity', 'resume_command',
-           'begin_run', 'say_what_is_lacking', 'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts',
-           'train', 'run_trainer']
+           'StopWhenDiverged', 'OutOfMemory', 'out_of_memory', 'largest_batch', 'say_what_fits', 'write_config',
+           'read_config', 'read_settings', 'PlainYaml', 'model_card', 'save_model', 'Bar', 'recent_loss', 'KeepBest',
+           'out_of_patience', 'validation_metrics', 'start_from', 'load_vocab', 'load_data', 'training_arguments',
+           'Finished', 'find_checkpoint', 'run_identity', 'resume_command', 'begin_run', 'say_what_is_lacking',
+           'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train', 'run_trainer']
 
-# %% ../nbs/04_training.ipynb #1ea0173a
+# %% ../nbs/04_training.ipynb #b966d2d8
 import contextlib
 import json
 import logging
@@ -23,6 +23,7 @@ import shlex
 import signal
 import threading
 import time
+import traceback
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -36,6 +37,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -396,20 +398,75 @@ class StopOnSignal(TrainerCallback):
 class Interrupted(KeyboardInterrupt):
     "The run was stopped by the user; everything is saved, and the message says how to go on."
 
-# %% ../nbs/04_training.ipynb #a8026a1a
+# %% ../nbs/04_training.ipynb #50bf037d
 class Diverged(RuntimeError):
-    "The loss is not finite; the message says what to do."
+    "Training undoes more than it mends; the message says what to do."
 
-class StopWhenNotFinite(TrainerCallback):
-    "Raises `Diverged` as soon as a loss or a gradient that is not finite is written down."
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "eval_loss", *(() if args.fp16 else ("grad_norm",))): # in fp16 a step with an infinite gradient is skipped
-            if not math.isfinite(logs.get(name, 0)):
-                kept = "There was no good model yet." if state.best_metric is None else "The best model so far is kept."
-                raise Diverged(f"The {name} at step {state.global_step} is {logs[name]}: training has diverged. {kept}\n"
-                               f"Start again with a lower --learning_rate (it was {args.learning_rate:g}), --warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
+class StopWhenDiverged(TrainerCallback):
+    "Raises `Diverged` where a loss or a gradient is not finite, or where the training loss stays far above that of blind guessing."
+    high = 0 # logs in a row with such a loss
 
-# %% ../nbs/04_training.ipynb #3d4dc986
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        blind = math.log(model.config.num_labels if model.config.problem_type else model.config.vocab_size)
+        limit = 2*max([blind, *(log["loss"] for log in state.log_history[:1])]) # the first entry is the loss before the first step
+        if "loss" in logs: self.high = self.high + 1 if logs["loss"] > limit else 0
+        names = ("loss", "eval_loss", *(() if args.fp16 else ("grad_norm",))) # in fp16 a step with an infinite gradient is skipped
+        if wrong := [name for name in names if not math.isfinite(logs.get(name, 0))]: what = f"The {wrong[0]} at step {state.global_step} is {logs[wrong[0]]}"
+        elif self.high >= 3 and self.high*args.logging_steps >= 50: what = f"For {self.high*args.logging_steps} steps the training loss has been above {limit:.3g}, and at step {state.global_step} it is {logs['loss']:.3g}; blind guessing has {blind:.3g}"
+        else: return
+        kept = "The best model so far is kept." if (state.best_metric or math.inf) < blind else "There was no good model yet."
+        raise Diverged(f"{what}: training has diverged. {kept}\nStart again with a lower --learning_rate (it was {args.learning_rate:g}; try {min(args.learning_rate/10, 1e-3):g}), "
+                       "--warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
+
+# %% ../nbs/04_training.ipynb #082c3bec
+class OutOfMemory(RuntimeError):
+    "A batch does not fit into memory; the message says what does."
+
+def out_of_memory(
+    error: BaseException,
+) -> bool:
+    "Whether memory ran out, on a GPU or a CPU."
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error) or str(error) == "could not create a primitive" # so oneDNN says it
+
+def largest_batch(
+    trainer: Trainer, # Its model and optimiser are of no use afterwards
+) -> int: # 0: not even one sequence fits
+    "The largest part of a batch, in sequences, that can be trained on, be they as long as the longest of the data; less than a whole one."
+    lengths = [(d.with_format("numpy")["length"][:], d) for d in (trainer.train_dataset, trainer.eval_dataset)]
+    longest, data = max(lengths, key=lambda pair: pair[0].max())
+    row, whole = data[int(longest.argmax())], trainer.args.per_device_train_batch_size
+    trainer.accelerator.sync_gradients = True # otherwise the optimiser may wait for more batches
+    for size in (k for k in range(whole // 2, 0, -1) if whole % k == 0):
+        trainer.model.zero_grad()
+        trainer.optimizer.state.clear()
+        clear_device_cache(garbage_collection=True)
+        try:
+            for _ in range(2):
+                trainer.training_step(trainer.model, trainer.data_collator([row]*size))
+                trainer.optimizer.step()
+            return size
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e): raise
+    return 0
+
+@contextlib.contextmanager
+def say_what_fits(
+    trainer: Trainer,
+):
+    "Where memory runs out inside, finds out what fits, and raises `OutOfMemory`."
+    try: yield
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e): raise
+        traceback.clear_frames(e.__traceback__) # they hold on to what was computed
+        args, n = trainer.args, count_parameters(trainer.model)["all"]
+        whole, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        alone = args.world_size == 1 # several processes would wait for each other
+        size = largest_batch(trainer) if alone else max((k for k in range(1, whole) if whole % k == 0), default=0)
+        remedy = f"--batch_size {size} --gradient_accumulation_steps {parts*whole//size} {'fits' if alone else 'takes less'}, and each step still sees as many sequences.\nStart again with that" if size else (
+            f"Not even one sequence fits; weights, gradients and moments of the {n:,} parameters alone take {16*n/1e9:.2g} GB.\nStart again with a lower --max_length, --n_embd or --n_layer")
+        raise OutOfMemory(f"Out of memory, with batches of {whole}. {remedy}, and with --overwrite or another --output_dir.") from None
+
+# %% ../nbs/04_training.ipynb #17156934
 def write_config(
     config: Config,
     path: str | Path, # A YAML file
@@ -430,7 +487,7 @@ def read_settings(
 ) -> dict:
     "The settings in a file; raises `InputError` where it holds anything else."
     remedy = "Settings are written as name: value, a line for each."
-    try: found = yaml.load(read_text(path, remedy, 2**20), PlainYaml)
+    try: found = yaml.load(read_text(path, remedy, 2**20), PlainYaml) # noqa: S506, which is a kind of SafeLoader
     except InputError: raise
     except Exception as e: raise InputError(f"{path}: not YAML ({' '.join(str(e).split())}). {remedy}".replace(' in "<unicode string>",', "")) from e
     if not isinstance(found, dict): raise InputError(f"{path}: no settings in it. {remedy}")
@@ -447,7 +504,7 @@ class PlainYaml(yaml.SafeLoader):
         if len(found) < len(node.value): raise yaml.constructor.ConstructorError(None, None, "found a name twice", node.start_mark)
         return found
 
-# %% ../nbs/04_training.ipynb #6a77bb2b
+# %% ../nbs/04_training.ipynb #d2d6e006
 def model_card(
     model, # A GPT-2
     tokenizer, # Its tokenizer
@@ -459,7 +516,7 @@ def model_card(
     kind, use = ("text-generation", f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 inputs = tokenizer("{tokenizer.bos_token}", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_length={c.n_positions})[0]))""") if config.task == "clm" else ("text-classification", f"""from transformers import pipeline
+print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_length={c.n_positions})[0]))""") if config.task == "clm" else ("text-classification", """from transformers import pipeline
 print(pipeline("text-classification", ".")("symbols with spaces between"))""")
     what = "" if config.task == "clm" else f" that tells {c.num_labels} classes apart"
     return f"""---
@@ -509,16 +566,18 @@ class Bar(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs: self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
-# %% ../nbs/04_training.ipynb #fccc0178
+# %% ../nbs/04_training.ipynb #31d5604b
 def recent_loss(
     history: list[dict], # What `Trainer` wrote down; the last entry is a validation
 ) -> float: # nan where nothing was written down
     "The training loss between the last two validations."
-    losses = []
-    for log in reversed(history[:-1]):
-        if "eval_loss" in log: break
-        if "loss" in log: losses.append(log["loss"])
-    return sum(losses)/len(losses) if losses else math.nan
+    losses, steps, last = [], [], 0
+    for log in history[:-1]:
+        if "eval_loss" in log: losses, steps = [], []
+        if "loss" not in log: continue
+        losses.append(log["loss"]); steps.append(log["step"] - last) # of which it is the mean
+        last = log["step"]
+    return float(np.average(losses, weights=steps)) if losses else math.nan
 
 # %% ../nbs/04_training.ipynb #3ef7a047
 class KeepBest(TrainerCallback):
@@ -618,7 +677,7 @@ def load_data(
     other = read(config.validation_path, class_names(corpus.dataset.unique("label")) if config.task == "classification" else None)
     return Corpus(corpus.dataset, {**corpus.report, "fingerprint": f"{corpus.report['fingerprint']}, {other.report['fingerprint']}"}), given_split(corpus.dataset, other.dataset)
 
-# %% ../nbs/04_training.ipynb #e14a5e2a
+# %% ../nbs/04_training.ipynb #327baffb
 def training_arguments(
     config: Config,
     n_train: int, # Training sequences
@@ -632,7 +691,7 @@ def training_arguments(
         learning_rate=config.learning_rate, lr_scheduler_type=config.lr_scheduler_type, warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, bf16=precision == "bf16" and gpu, fp16=precision == "fp16",
         eval_strategy="steps", save_strategy="steps", save_total_limit=2, metric_for_best_model="loss", greater_is_better=False,
-        batch_eval_metrics=True, include_num_input_tokens_seen="non_padding", logging_nan_inf_filter=False, report_to=[],
+        batch_eval_metrics=True, include_num_input_tokens_seen="non_padding", logging_first_step=True, logging_nan_inf_filter=False, report_to=[],
         remove_unused_columns=False, ddp_find_unused_parameters=False, disable_tqdm=False, dataloader_pin_memory=torch.cuda.is_available())
     per_epoch = math.ceil(n_train / (args.train_batch_size * args.world_size * config.gradient_accumulation_steps))
     args.max_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * per_epoch)
@@ -815,12 +874,12 @@ def task_parts(
     return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, classes=model_config.label2id), compute_loss_func=partial(class_loss, weights=weights),
                 compute_metrics=ExactMetrics(partial(class_metrics, weights=weights)), preprocess_logits_for_metrics=class_guesses), model_config
 
-# %% ../nbs/04_training.ipynb #ccc2bec3
+# %% ../nbs/04_training.ipynb #e39347dd
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
 ) -> Run:
-    "Trains a GPT-2; raises `InputError` before anything is written, `Interrupted` or `Diverged` later."
+    "Trains a GPT-2; raises `InputError` before anything is written, `Interrupted`, `Diverged` or `OutOfMemory` later."
     config = start_from(config)
     check_config(config)
     tokenizer = load_vocab(config)
@@ -841,7 +900,7 @@ def train(
         trainer = QuickTrainer(
             model, args, train_dataset=split.train, eval_dataset=split.validation.select(by_length), processing_class=tokenizer, **parts,
             half=args.use_cpu and pick_precision(config.precision) == "bf16", optimizers=(Muon(model, config.learning_rate, config.weight_decay) if config.optimizer == "muon" else None, None),
-            callbacks=[StopWhenNotFinite(), KeepBest(out, tokenizer, config), stop, *callbacks])
+            callbacks=[StopWhenDiverged(), KeepBest(out, tokenizer, config), stop, *callbacks])
         if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
         if done: trainer.state = read_checkpoint(checkpoint); trainer._load_from_checkpoint(checkpoint)
         else: run_trainer(trainer, checkpoint, out)
@@ -858,6 +917,10 @@ def run_trainer(
     out: Path, # For the logs of TensorBoard
 ):
     "Trains, and writes the logs of TensorBoard."
-    if trainer.args.process_index == 0: trainer.add_callback(TensorBoardCallback(SummaryWriter(out/"runs", purge_step=checkpoint and int(checkpoint.name[11:]) + 1)))
-    try: trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except KeyboardInterrupt: raise Interrupted(f"Stopped at once. Go on from the newest checkpoint with: {resume_command(out)}") from None
+    with contextlib.ExitStack() as stack:
+        if trainer.args.process_index == 0:
+            writer = stack.enter_context(SummaryWriter(out/"runs", purge_step=checkpoint and int(checkpoint.name[11:]) + 1)) # what was done in vain is not shown
+            trainer.add_callback(TensorBoardCallback(writer))
+        stack.enter_context(say_what_fits(trainer))
+        try: trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except KeyboardInterrupt: raise Interrupted(f"Stopped at once. Go on from the newest checkpoint with: {resume_command(out)}") from None

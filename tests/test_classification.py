@@ -51,7 +51,7 @@ def test_outputs_are_complete(classifier):
 
 
 def test_metrics_are_those_of_scikit_learn_on_the_logits_of_transformers(classifier, held_out, plain):
-    metrics, (texts, truth), (model, tokenizer) = json.loads((classifier/"c/best_model/evaluation/metrics.json").read_text()), held_out, plain
+    metrics, (texts, truth), (model, _) = json.loads((classifier/"c/best_model/evaluation/metrics.json").read_text()), held_out, plain
     ids = [[1, *(VOCAB[s] for s in t.split()), 2] for t in texts]
     with torch.no_grad(): logits = np.concatenate([model(torch.tensor([i])).logits.numpy() for i in ids])
     guess, p = logits.argmax(1), softmax(logits.astype(float), axis=1)

@@ -92,7 +92,7 @@ def test_killed_at_any_moment(fresh, part, kills):
 
 def test_killed_again_and_again(fresh):
     folder, ask, whole, events = fresh
-    for k in range(3):
+    for _ in range(3):
         killed, = ask(*RUN, "--resume", event=events // 3)
         assert killed["code"] == -9
     assert "Going on from" in resume(ask, folder, whole)["out"]

@@ -20,7 +20,7 @@ def random_model(max_length=140, scale=8, **fields):
     "A model of 40 notes with weights so large that each token depends on all before it."
     model = new_model(make_config(TOKENIZER, max_length, **{"n_layer": 2, "n_head": 2, "n_embd": 16, **fields}), seed=1).eval()
     torch.manual_seed(2)
-    for name, p in model.named_parameters(): p.data += torch.randn_like(p)*(0.3 if p.ndim == 1 else 0.02*scale)
+    for p in model.parameters(): p.data += torch.randn_like(p)*(0.3 if p.ndim == 1 else 0.02*scale)
     return model
 
 

@@ -29,6 +29,12 @@ def test_modules_are_exported_from_the_notebooks(tmp_path):
     for name in modules: assert (tmp_path/"seqgpt"/name).read_text() == (ROOT/"seqgpt"/name).read_text(), f"{name}: run nbdev-export"
 
 
+def test_static_checks():
+    "Security, unused names and likely bugs; pyproject.toml says what is asked, and why not more."
+    result = subprocess.run(["ruff", "check", "--no-cache", "--output-format", "concise"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_ci_runs_the_command_of_the_readme():
     assert (ROOT/".ci/run").read_text().strip().splitlines()[-1] in (ROOT/"README.md").read_text(encoding="utf-8")
 
