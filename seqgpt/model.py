@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .tokenizer import InputError, read_json
 
-# %% ../nbs/03_model.ipynb #ff3f60c8
+# %% ../nbs/03_model.ipynb #55ee348e
 TASKS = {"clm": GPT2LMHeadModel, "classification": GPT2ForSequenceClassification}
 
 def block_shapes(
@@ -38,7 +38,6 @@ def block_shapes(
     V, P, L, d, h = (getattr(config, name) for name in ("vocab_size", "n_positions", "n_layer", "n_embd", "n_head"))
     for name, value in dict(n_layer=L, n_head=h, n_embd=d, max_length=P, vocab_size=V, n_inner=4*d if config.n_inner is None else config.n_inner).items():
         if value < 1: raise InputError(f"{name} is {value}. It must be at least 1.")
-    if config.add_cross_attention: raise InputError("add_cross_attention is for models that are given a second sequence. Leave it out.")
     if d % h: raise InputError(f"n_embd ({d}) is not divisible by n_head ({h}). Each head gets n_embd / n_head dimensions.")
     for name in GPT2Config.__annotations__:
         if isinstance(value := getattr(config, name), float) and not 0 <= value < math.inf: raise InputError(f"{name} is {value}. It must be 0 or more.")
@@ -60,7 +59,7 @@ def label_fields(
     "How a configuration holds the names of classes."
     return dict(id2label=dict(enumerate(classes)), label2id={c: k for k, c in enumerate(classes)}, problem_type="single_label_classification") if classes else {}
 
-# %% ../nbs/03_model.ipynb #914f5783
+# %% ../nbs/03_model.ipynb #399b3cb7
 def make_config(
     tokenizer, # From `make_tokenizer`; gives the vocabulary and the special tokens
     max_length: int = 1024, # Positions
@@ -71,13 +70,13 @@ def make_config(
     **fields, # Any other field that is `GPT2Config`'s own
 ) -> GPT2Config:
     "The configuration of a GPT-2 for a tokenizer; raises `InputError` for unknown fields and impossible values."
+    derived = dict(vocab_size=len(tokenizer), n_positions=max_length, bos_token_id=tokenizer.bos_token_id,
+                   eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    if clash := {*derived, *label_fields([''])} & fields.keys(): raise InputError(f"{', '.join(sorted(clash))}: follows from the data and max_length, and cannot be set.")
     for name in fields:
         if name not in GPT2Config.__annotations__:
             near = difflib.get_close_matches(name, GPT2Config.__annotations__, 1)
             raise InputError(f"GPT2Config has no field {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
-    derived = dict(vocab_size=len(tokenizer), n_positions=max_length, bos_token_id=tokenizer.bos_token_id,
-                   eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    if clash := derived.keys() & fields.keys(): raise InputError(f"{', '.join(sorted(clash))}: follows from the data and max_length, and cannot be set.")
     defaults = dict(attn_pdrop=0.0, activation_function="gelu_pytorch_tanh")
     try: config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **derived, **label_fields(classes), **{**defaults, **fields})
     except Exception as e: raise InputError(f"The model cannot be built so: {type(e).__name__}: {' '.join(str(e).split())}") from e
@@ -101,12 +100,12 @@ def exact_loss(
     if isinstance(model, GPT2LMHeadModel): model.loss_type = "ForCausalLM"
     return model
 
-# %% ../nbs/03_model.ipynb #a0d319ad
+# %% ../nbs/03_model.ipynb #22cd6f00
 def count_parameters(
     model: torch.nn.Module,
 ) -> dict[str, int]: # Part to number of parameters; shared ones counted once
     "The parameters of a GPT-2 by part."
-    names = {"wte": "token embedding", "wpe": "position embedding", "attn": "attention", "mlp": "feed-forward",
+    names = {"wte": "token embedding", "wpe": "position embedding", "attn": "attention", "crossattention": "attention", "mlp": "feed-forward",
              "ln_": "layer norms", "lm_head": "output head", "score": "output head"}
     parts = dict.fromkeys(names.values(), 0)
     for name, p in model.named_parameters(): # a tied weight comes once

@@ -33,7 +33,7 @@ def symbol_problem(
     if any(c.isspace() for c in symbol): return "contains white space, which separates symbols"
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in symbol): return "contains a control character or half a character"
 
-# %% ../nbs/00_tokenizer.ipynb #7cdc1995
+# %% ../nbs/00_tokenizer.ipynb #e9eb4f29
 def read_text(
     path: str | Path, # A file
     remedy: str = "", # What to do where it cannot be used
@@ -42,7 +42,7 @@ def read_text(
     "The text of a regular file in UTF-8; raises `InputError` where there is none."
     path = Path(path)
     try:
-        if not os.path.lexists(path): raise InputError(f"{path.absolute().parent}: no {path.name} there. {remedy}")
+        if not os.path.lexists(path): raise InputError(f"{'this folder' if path.parent == Path() else path.parent}: no {path.name} there. {remedy}")
         if not path.is_file(): raise InputError(f"{path}: is no regular file, but a folder, a pipe, a device or a broken link. {remedy}")
         if path.stat().st_size > most: raise InputError(f"{path}: is larger than {most / 2**20:,.0f} MiB. {remedy}")
         return path.read_text(encoding="utf-8-sig")

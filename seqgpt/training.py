@@ -56,7 +56,7 @@ from seqgpt.data import (
 from .model import TASKS, count_parameters, keep_memory, load_model, make_config, new_model, quicken, saved_config, task_of
 from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_json, read_text, read_vocab, save_tokenizer
 
-# %% ../nbs/04_training.ipynb #50983331
+# %% ../nbs/04_training.ipynb #cc38edd6
 @dataclass
 class Config:
     "What a training run depends on; the defaults are those of the project."
@@ -101,9 +101,10 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, kind = getattr(self, f.name), float | int if f.type is float else f.type
-            if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool: raise InputError(f"{f.name} is {value!r}. It must be {getattr(f.type, '__name__', f.type)}.")
-            if isinstance(value, str) and "\0" in value: raise InputError(f"{f.name} is {value!r}. The character 0 cannot be part of a name.")
-            if isinstance(value, dict) and not all(isinstance(name, str) for name in value): raise InputError(f"{f.name} is {value!r}. Its names must be words.")
+            what = {int: "a whole number", float: "a number", bool: "true or false", dict: "names with values"}.get(f.type, "a text without the character 0")
+            fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+            if isinstance(value, str | dict): fits = fits and all(isinstance(part, str) and part != "\0" for part in value) # letters of a text, names of a dict
+            if not fits: raise InputError(f"{f.name} is {value!r}. It must be {what}.")
 
 # %% ../nbs/04_training.ipynb #18eb73c8
 def check_config(
@@ -466,7 +467,7 @@ def say_what_fits(
             f"Not even one sequence fits; weights, gradients and moments of the {n:,} parameters alone take {16*n/1e9:.2g} GB.\nStart again with a lower --max_length, --n_embd or --n_layer")
         raise OutOfMemory(f"Out of memory, with batches of {whole}. {remedy}, and with --overwrite or another --output_dir.") from None
 
-# %% ../nbs/04_training.ipynb #17156934
+# %% ../nbs/04_training.ipynb #bfae394d
 def write_config(
     config: Config,
     path: str | Path, # A YAML file
@@ -489,7 +490,7 @@ def read_settings(
     remedy = "Settings are written as name: value, a line for each."
     try: found = yaml.load(read_text(path, remedy, 2**20), PlainYaml) # noqa: S506, which is a kind of SafeLoader
     except InputError: raise
-    except Exception as e: raise InputError(f"{path}: not YAML ({' '.join(str(e).split())}). {remedy}".replace(' in "<unicode string>",', "")) from e
+    except Exception as e: raise InputError(f"{path}: not YAML ({' '.join(str(e).split())}). {remedy}".replace(' in "<unicode string>"', "")) from e
     if not isinstance(found, dict): raise InputError(f"{path}: no settings in it. {remedy}")
     return found
 
