@@ -35,6 +35,16 @@ def test_static_checks():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_every_promise_names_a_test_that_is_there():
+    page, file, named = (ROOT/"nbs/tutorials/promises.ipynb").read_text(encoding="utf-8"), None, []
+    for proof in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", page):
+        if not any(proof): continue
+        file = proof[0] or file # `::name` is in the file of the one before
+        named.append((file, proof[1]))
+    assert len(named) > 40
+    for file, name in named: assert not name or f"\ndef {name}(" in (ROOT/"tests"/file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
 def test_ci_runs_the_command_of_the_readme():
     assert (ROOT/".ci/run").read_text().strip().splitlines()[-1] in (ROOT/"README.md").read_text(encoding="utf-8")
 
