@@ -281,7 +281,7 @@ def class_metrics(
     share = None if weights is None else weights.numpy()[truth]
     return {"loss": float(np.average(nats, weights=share)), "accuracy": float((guess == truth).mean()), "macro_f1": macro_f1(truth, guess)}
 
-# %% ../nbs/04_training.ipynb #38ea75ad
+# %% ../nbs/04_training.ipynb #d97d46ca
 def save_state(
     path: Path, # A safetensors file
     **state, # Tensors, numbers and texts, also in dictionaries and lists
@@ -290,7 +290,7 @@ def save_state(
     tensors = {}
     def pack(x):
         if isinstance(x, torch.Tensor):
-            tensors[str(len(tensors))] = x.detach().clone().contiguous()
+            tensors[str(len(tensors))] = x.detach().cpu().contiguous()
             return {"tensor": str(len(tensors) - 1)}
         if isinstance(x, dict): return {"items": [[k, pack(v)] for k, v in x.items()]} # JSON has no numbers for keys
         return [pack(v) for v in x] if isinstance(x, (list, tuple)) else x
@@ -310,7 +310,7 @@ def load_state(
         parts = dict(json.loads(f.metadata()["form"])["items"])
         return [unpack(parts[name]) for name in names]
 
-# %% ../nbs/04_training.ipynb #406f7b0a
+# %% ../nbs/04_training.ipynb #3f4c145d
 @patch
 def _save_checkpoint(self: QuickTrainer, model, trial):
     if self.is_fsdp_enabled: return Trainer._save_checkpoint(self, model, trial) # the parts of the model lie in several processes
@@ -330,7 +330,7 @@ def _save_checkpoint(self: QuickTrainer, model, trial):
 
 @patch
 def _load_optimizer_and_scheduler(self: QuickTrainer, checkpoint):
-    if checkpoint is None or self.is_fsdp_enabled: return Trainer._load_optimizer_and_scheduler(self, checkpoint)
+    if checkpoint is None: return
     state, saved, scaler = load_state(Path(checkpoint)/"state.safetensors", "optimizer", "schedule", "scaler")
     schedule, by_formula = self.lr_scheduler, isinstance(self.lr_scheduler, LambdaLR)
     self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
@@ -340,12 +340,11 @@ def _load_optimizer_and_scheduler(self: QuickTrainer, checkpoint):
     if scaler and self.accelerator.scaler: self.accelerator.scaler.load_state_dict(scaler)
 
 @patch
-def _load_scaler(self: QuickTrainer, checkpoint):
-    if self.is_fsdp_enabled: Trainer._load_scaler(self, checkpoint)
+def _load_scaler(self: QuickTrainer, checkpoint): pass # done above
 
 @patch
 def _load_rng_state(self: QuickTrainer, checkpoint):
-    if checkpoint is None or self.is_fsdp_enabled: return Trainer._load_rng_state(self, checkpoint)
+    if checkpoint is None: return
     processes, self._globalstep_last_logged = load_state(Path(checkpoint)/"state.safetensors", "processes", "last_logged")
     mine = processes[self.args.process_index]
     version, state, gauss = mine["python"]
@@ -700,7 +699,7 @@ def training_arguments(
     args.logging_steps = min(config.logging_steps, args.eval_steps, args.max_steps)
     return args
 
-# %% ../nbs/04_training.ipynb #642a8029
+# %% ../nbs/04_training.ipynb #628140ac
 for place, harmless in {"trainer": "['lm_head.weight']", # not in a checkpoint: tied to the token embedding, which is
                         "modeling_utils": "your input_ids may be padded", # on the right, where no token looks
                         "trainer_utils": "arguments do not match the ones in"}.items(): # validating more or less often than before the interruption is allowed
@@ -721,7 +720,7 @@ def find_checkpoint(
     checkpoint, state = next(((c, s) for c in checkpoints_in(out/"checkpoints") if (s := read_checkpoint(c))), (None, None))
     if not config.resume or checkpoint is None:
         models = [name for name in ("best_model", "final_model") if (out/name).exists()]
-        early = config.resume and models == ["best_model"] and read_json(out/"best_model/metrics.json")["step"] <= args.eval_steps # killed between the model and the first checkpoint
+        early = config.resume and models == ["best_model"] and read_json(out/"best_model/metrics.json").get("step", math.inf) <= args.eval_steps # killed between the model and the first checkpoint
         if (checkpoint or models) and not early:
             go_on = "Go on with it (--resume), replace" if checkpoint else "There is no checkpoint to go on from; replace"
             raise InputError(f"{out}: holds an earlier run. {go_on} it (--overwrite) or choose another --output_dir.")
@@ -875,7 +874,7 @@ def task_parts(
     return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, classes=model_config.label2id), compute_loss_func=partial(class_loss, weights=weights),
                 compute_metrics=ExactMetrics(partial(class_metrics, weights=weights)), preprocess_logits_for_metrics=class_guesses), model_config
 
-# %% ../nbs/04_training.ipynb #e39347dd
+# %% ../nbs/04_training.ipynb #863b2041
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -906,9 +905,9 @@ def train(
         if done: trainer.state = read_checkpoint(checkpoint); trainer._load_from_checkpoint(checkpoint)
         else: run_trainer(trainer, checkpoint, out)
         state = trainer.state
-        if not any("eval_loss" in log for log in state.log_history): trainer.evaluate() # a callback stopped it before the first validation
         if first: save_curves(state.log_history, out)
         if stop.asked: raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. Go on with: {resume_command(out)}")
+        if not any("eval_loss" in log for log in state.log_history): trainer.evaluate() # a callback stopped it before the first validation
         if first: save_model(out/"final_model", model, tokenizer, config, validation_metrics(state.log_history))
         return Run(out, read_json(out/"best_model/metrics.json"), state.log_history)
 

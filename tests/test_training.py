@@ -61,3 +61,10 @@ def test_parameters_stay_in_32_bits(config):
     state = T.load_model(config.output_dir + "/final_model").state_dict()
     assert {t.dtype for t in state.values()} == {torch.float32}
     assert any((t.bfloat16().float() != t).any() for t in state.values()) # they were changed in 32 bits, too
+
+
+def test_a_callback_may_stop_a_run_before_its_first_validation(config):
+    class StopEarly(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = True
+    run = T.train(replace(config, output_dir=config.output_dir + "_early"), [StopEarly()])
+    assert run.metrics["step"] == 1 and T.load_model(run.output_dir/"best_model") and T.load_model(run.output_dir/"final_model")
