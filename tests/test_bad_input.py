@@ -1,6 +1,6 @@
 """Whatever is wrong with what a user gives: exit code 2, one to three lines that say what, where and what to do, and nothing written.
 
-The cases by hand are more than 450 (the last test counts them); hypothesis adds some hundreds that mutate what was right."""
+The cases by hand are more than 700 (the last test counts them); hypothesis adds 420 that mutate what was right."""
 import gzip
 import json
 import math
@@ -210,7 +210,7 @@ SETTINGS = {
     "batch_size: 1000000000000": ["batch_size", "at most 1e+06"], "num_epochs: 1.0e+300": ["num_epochs"], "learning_rate: 1.0e+300": ["learning_rate"], "model: {n_inner: 0}": ["n_inner is 0"], "model: {add_cross_attention: maybe}": ["add_cross_attention"], "model: {use_cache: maybe}": ["use_cache"],
     "seed: -1": ["seed is -1"], "seed: 4294967296": ["seed is 4294967296"], "max_length: 1": ["max_length is 1"], "max_length: 0": ["max_length"], "max_length: -5": ["max_length"], "validation_fraction: 0": ["validation_fraction"], "validation_fraction: 1": ["validation_fraction"], "validation_fraction: 0.001": ["cannot be split"], "precision: int8": ["precision"], "precision: fp16": ["fp16 needs a GPU"], "task: regression": ["task"],
     "long: cut": ["long is 'cut'"], "optimizer: sgd": ["optimizer"], "class_weights: balanced": ["class_weights"], "lr_scheduler_type: linea": ["linea"], "n_layer: 0": ["n_layer is 0"], "n_head: 0": ["n_head is 0"], "n_embd: 0": ["n_embd is 0"], "n_layer: -1": ["n_layer"], "n_embd: -16": ["n_embd"], "n_head: 3": ["n_embd (16) is not divisible by n_head (3)"], "n_embd: 15": ["not divisible"], "model: {n_layer: 3}": ["--n_layer"], "model: {vocab_size: 3}": ["vocab_size"],
-    "n_layer: 1000000000": ["GiB", "Lower n_embd (16), n_layer (1000000000)"], "n_layer: 10000000": ["GiB"], "n_embd: 1000000000": ["GiB", "n_embd"], "n_embd: 100000": ["GiB"], f"n_embd: {10**300}": ["GiB"], "max_length: 1000000000000": ["GiB", "max_length"], "model: {n_inner: 1000000000000}": ["GiB"], f"model: {{n_inner: {10**30}}}": ["GiB"], "model: {n_inner: -4}": ["n_inner is -4"],
+    "n_layer: 1000000000": ["GiB", "Lower n_embd (16), n_layer (1000000000)"], "n_layer: 100000000": ["GiB"], "n_embd: 1\nn_head: 1\nn_layer: 10000000": ["GiB", "n_layer (10000000)"], "n_embd: 1000000000": ["GiB", "n_embd"], "n_embd: 1000000": ["GiB"], f"n_embd: {10**300}": ["GiB"], "max_length: 1000000000000": ["GiB", "max_length"], "model: {n_inner: 1000000000000}": ["GiB"], f"model: {{n_inner: {10**30}}}": ["GiB"], "model: {n_inner: -4}": ["n_inner is -4"],
     "model: {resid_pdrop: 2}": ["cannot be built"], "model: {resid_pdrop: high}": ["resid_pdrop"], "model: {resid_pdrop: -0.5}": ["resid_pdrop"], "model: {initializer_range: -1.0}": ["initializer_range is -1.0"], "model: {initializer_range: .nan}": ["initializer_range is nan"], "model: {layer_norm_epsilon: -1.0}": ["layer_norm_epsilon"], "model: {layer_norm_epsilon: .inf}": ["layer_norm_epsilon"], "model: {activation_function: gulu}": ["gulu"],
     "model: {activation_function: [gelu]}": ["activation_function"], "model: {use_cache: 7}": ["use_cache"], "model: {n_inner: many}": ["n_inner"], "model: {bos_token_id: 2}": ["bos_token_id"], "model: {id2label: {}}": ["id2label"], "task: classification\nlong: split": ["long is 'split'"], "resume: true\noverwrite: true": ["one of"], "pad_token: <eos>": ["four different symbols"], "unk_token: nothing": ["'nothing', named as the unk_token"],
     "validation_path: nowhere": ["nowhere"], "validation_path: vocab.json": ["cannot be used"], "init_from: nowhere": ["no config.json there"], "init_from: .": ["no config.json there"], "data_path: .\noutput_dir: .": ["is the folder of the data"], "output_dir: data.jsonl": ["data.jsonl"], "cache_dir: data.jsonl": ["data.jsonl"],
@@ -530,4 +530,4 @@ def test_mutated_settings(runs, mutated, data):
 def test_the_cases_are_many():
     by_hand = (len(LINES) + len(LABELS) + len(DATA) + 2*len(FOLDERS) + len(VOCABS) + len({*TYPES, *SETTINGS}) + 2*len(SETTINGS_FILES) + len({*CORPUS_FLAGS}) + len(PARTS)*len(DEVICES) + 3*len(TEXTS)
                + len(CONFIG_JSON) + len(C_CONFIG_JSON) + len(TOKENIZER_JSON) + len(TOKENIZER_CONFIG) + len(RUN_YAML) + len(SPLIT_JSON) + len(WEIGHTS) + len({*ASK, *MEASURE}))
-    assert by_hand >= 450, by_hand
+    assert by_hand >= 700, by_hand
