@@ -363,6 +363,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'seqgpt/training.py'),
                                  'seqgpt.training.StopWhenDiverged': ('training.html#stopwhendiverged', 'seqgpt/training.py'),
                                  'seqgpt.training.StopWhenDiverged.on_log': ('training.html#stopwhendiverged.on_log', 'seqgpt/training.py'),
+                                 'seqgpt.training.alone_in': ('training.html#alone_in', 'seqgpt/training.py'),
                                  'seqgpt.training.balanced_weights': ('training.html#balanced_weights', 'seqgpt/training.py'),
                                  'seqgpt.training.begin_run': ('training.html#begin_run', 'seqgpt/training.py'),
                                  'seqgpt.training.check_config': ('training.html#check_config', 'seqgpt/training.py'),
@@ -401,4 +402,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'seqgpt.training.train': ('training.html#train', 'seqgpt/training.py'),
                                  'seqgpt.training.training_arguments': ('training.html#training_arguments', 'seqgpt/training.py'),
                                  'seqgpt.training.validation_metrics': ('training.html#validation_metrics', 'seqgpt/training.py'),
+                                 'seqgpt.training.weights_fit': ('training.html#weights_fit', 'seqgpt/training.py'),
                                  'seqgpt.training.write_config': ('training.html#write_config', 'seqgpt/training.py')}}}

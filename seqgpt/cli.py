@@ -110,7 +110,7 @@ def measures(
     from seqgpt.evaluation import evaluate_folder, plot_evaluation
     return {"clm": (evaluate_folder, plot_evaluation), "classification": (evaluate_classifier, plot_classification)}[task]
 
-# %% ../nbs/10_cli.ipynb #b998e040
+# %% ../nbs/10_cli.ipynb #3c9b3c41
 def train_command(
     config, # A `Config`
 ):
@@ -119,7 +119,7 @@ def train_command(
     from seqgpt.data import sweep, written_whole
     from seqgpt.model import make_config
     from seqgpt.tokenizer import SPECIALS, InputError, make_tokenizer
-    from seqgpt.training import Finished, check_config, resume_command, train
+    from seqgpt.training import Finished, alone_in, check_config, resume_command, train
     first, out = int(os.environ.get("RANK", 0)) == 0, Path(config.output_dir) # of several processes, one writes
     if config.data_path is None and config.init_from is None:
         if config.vocab_path: raise InputError("A vocabulary without data. Name the data with --data_path.")
@@ -134,9 +134,10 @@ def train_command(
         if all(p.exists() and p.stat().st_mtime >= (out/"final_model").stat().st_mtime for p in rest): raise
         run = e.run
     if not first: return
-    for folder in (out, out/"best_model/evaluation"): sweep(folder)
-    try: show_run(config, run)
-    except KeyboardInterrupt: raise KeyboardInterrupt(f"The model is trained, but not evaluated yet. Do that with: {resume_command(out)}") from None
+    with alone_in(out):
+        for folder in (out, out/"best_model/evaluation"): sweep(folder)
+        try: show_run(config, run)
+        except KeyboardInterrupt: raise KeyboardInterrupt(f"The model is trained. What is missing of its evaluation comes with: {resume_command(out)}") from None
 
 def show_run(
     config, # A `Config`
@@ -383,7 +384,7 @@ def literal(
     try: return json.loads(value)
     except (TypeError, ValueError): return value
 
-# %% ../nbs/10_cli.ipynb #d67024b2
+# %% ../nbs/10_cli.ipynb #02359c9e
 def run_verb(
     verb: str, # One of `VERBS`
     rest: list[str], # Its flags
@@ -396,7 +397,7 @@ def run_verb(
         from seqgpt.training import Config, start_from
         given = vars(parser_for(verb, Config).parse_args(rest))
         settings = {k: v for k, v in given.items() if k != "config"}
-        config = Config(**{**settings, "model": {k: literal(v) for k, v in settings["model"].items()}})
+        config = Config(**{**settings, "model": {k: literal(v) for k, v in (settings["model"] or {}).items()}})
         start_from(config, {f[2:].split("=")[0] for f in rest if f.startswith("--")}) # a flag that contradicts the model is refused, also one that says the default
         return train_command(config)
     if verb == "bench":
@@ -409,7 +410,7 @@ def run_verb(
     given = vars(parser_for(verb, *targets).parse_args(rest))
     return targets[0](**{k: v for k, v in given.items() if k != "config"})
 
-# %% ../nbs/10_cli.ipynb #d19bbaed
+# %% ../nbs/10_cli.ipynb #4a1cd130
 PATHS = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP} # where a path is not what it should be
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} # where there is no room
 
@@ -430,10 +431,10 @@ def explain(
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|could not create a primitive", str(error)): return f"out of memory. {LESS.get(verb, 'Close other programs, or make it smaller.')}"
     if getattr(error, "errno", None) in PATHS: return f"{error.filename}: {error.strerror}. Choose another place."
     if getattr(error, "errno", None) in FULL:
-        return f"{error.filename}: {error.strerror}. What was there before is whole.\nMake room and repeat the command; an interrupted training goes on with --resume."
+        return f"{error.filename or 'writing'}: {error.strerror}. What was there before is whole.\nMake room and repeat the command; an interrupted training goes on with --resume."
     return f"{name}: {' '.join(str(error).split())[:300]}\nSEQGPT_TRACEBACK=1 in the environment shows where this came from."
 
-# %% ../nbs/10_cli.ipynb #ae47bf85
+# %% ../nbs/10_cli.ipynb #2cc8f436
 def main(
     argv: list[str] | None = None, # What stands behind `seqgpt`; default: the command line
 ) -> int: # Exit code
@@ -449,10 +450,12 @@ def main(
         print(f"seqgpt: there is no verb {verb!r}. " + (f"Did you mean {near[0]!r}?" if near else f"Choose from {', '.join(VERBS)}."), file=sys.stderr)
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1") # everything is local
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1") # our own bars are enough
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false") # no warning about forks
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error") # our messages say what a user needs
     main_thread = threading.current_thread() is threading.main_thread() # only there can signals be received
     terminate = main_thread and signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C: what is half written is removed
+    threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else threading.__excepthook__(failed) # TensorBoard's own thread: a full disk is said below
     try:
         run_verb(verb, rest)
         sys.stdout.flush()
@@ -462,7 +465,7 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as e:
-        print(f"\n{e or 'Interrupted.'}", file=sys.stderr)
+        print(f"\n{str(e) or 'Interrupted.'}", file=sys.stderr)
         return 130
     except Exception as e:
         if os.environ.get("SEQGPT_TRACEBACK"): raise

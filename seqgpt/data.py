@@ -268,7 +268,7 @@ def write_arrow(
             if len(held) == batch: write(held); held = []
         if held: write(held)
 
-# %% ../nbs/01_data.ipynb #cf748768
+# %% ../nbs/01_data.ipynb #1967e7eb
 @contextlib.contextmanager
 def written_whole(
     path: str | Path, # A file, or a folder
@@ -286,7 +286,8 @@ def written_whole(
         number = e.errno if isinstance(e, OSError) else next(map(int, re.findall(r"os error (\d+)", str(e))), None)
         if number and (not getattr(e, "filename", None) or part.name in str(e.filename)): raise OSError(number, os.strerror(number), str(path)) from e
         raise
-    finally: remove(part)
+    finally:
+        if os.path.lexists(part): remove(part)
 
 def sync(
     path: Path, # A file or a folder

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision', 'QuickTrainer', 'token_sums', 'token_metrics',
            'ExactMetrics', 'Muon', 'class_loss', 'balanced_weights', 'class_guesses', 'macro_f1', 'class_metrics',
-           'save_state', 'load_state', 'checkpoints_in', 'read_checkpoint', 'StopOnSignal', 'Interrupted', 'Diverged',
-           'StopWhenDiverged', 'OutOfMemory', 'out_of_memory', 'largest_batch', 'say_what_fits', 'write_config',
-           'read_config', 'read_settings', 'PlainYaml', 'model_card', 'save_model', 'Bar', 'recent_loss', 'KeepBest',
-           'out_of_patience', 'validation_metrics', 'start_from', 'load_vocab', 'load_data', 'training_arguments',
-           'Finished', 'find_checkpoint', 'run_identity', 'resume_command', 'begin_run', 'say_what_is_lacking',
-           'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train', 'run_trainer']
+           'save_state', 'load_state', 'checkpoints_in', 'read_checkpoint', 'weights_fit', 'StopOnSignal',
+           'Interrupted', 'Diverged', 'StopWhenDiverged', 'OutOfMemory', 'out_of_memory', 'largest_batch',
+           'say_what_fits', 'write_config', 'read_config', 'read_settings', 'PlainYaml', 'model_card', 'save_model',
+           'Bar', 'recent_loss', 'KeepBest', 'out_of_patience', 'validation_metrics', 'start_from', 'load_vocab',
+           'load_data', 'training_arguments', 'Finished', 'find_checkpoint', 'run_identity', 'resume_command',
+           'begin_run', 'say_what_is_lacking', 'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts',
+           'train', 'alone_in', 'run_trainer']
 
-# %% ../nbs/04_training.ipynb #b966d2d8
+# %% ../nbs/04_training.ipynb #d062985c
 import contextlib
 import json
 import logging
@@ -39,7 +40,7 @@ import yaml
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.metrics import f1_score
 from torch.func import functional_call
@@ -106,7 +107,7 @@ class Config:
             if isinstance(value, str | dict): fits = fits and all(isinstance(part, str) and part != "\0" for part in value) # letters of a text, names of a dict
             if not fits: raise InputError(f"{f.name} is {value!r}. It must be {what}.")
 
-# %% ../nbs/04_training.ipynb #18eb73c8
+# %% ../nbs/04_training.ipynb #bb7b4fd3
 def check_config(
     config: Config,
 ):
@@ -116,7 +117,8 @@ def check_config(
     for name in ("eval_steps", "early_stopping_patience", "warmup_steps", "weight_decay"):
         if not 0 <= getattr(config, name) < math.inf: raise InputError(f"{name} is {getattr(config, name)}. It must be 0 or more.")
     if not 0 <= config.seed < 2**32: raise InputError(f"seed is {config.seed}. It must lie between 0 and {2**32 - 1}.")
-    if config.max_steps < 1 and config.max_steps != -1: raise InputError(f"max_steps is {config.max_steps}. It must be at least 1, or -1 to go by num_epochs.")
+    if not (1 <= config.max_steps <= 10**12 or config.max_steps == -1): raise InputError(f"max_steps is {config.max_steps}. It must lie between 1 and 10**12, or be -1 to go by num_epochs.")
+    if not config.output_dir: raise InputError("output_dir is empty. Name a folder; this one is called .")
     if named := {"n_layer", "n_head", "n_embd"} & config.model.keys(): raise InputError(f"model.{min(named)}: is a setting of its own, --{min(named)}.")
     for name, values in {"precision": PRECISIONS, "task": tuple(TASKS), "optimizer": ("adamw", "muon"), "class_weights": ("none", "balanced")}.items():
         if getattr(config, name) not in values: raise InputError(f"{name} is {getattr(config, name)!r}. Choose {', '.join(values)}.")
@@ -310,7 +312,7 @@ def load_state(
         parts = dict(json.loads(f.metadata()["form"])["items"])
         return [unpack(parts[name]) for name in names]
 
-# %% ../nbs/04_training.ipynb #3f4c145d
+# %% ../nbs/04_training.ipynb #d80a590d
 @patch
 def _save_checkpoint(self: QuickTrainer, model, trial):
     if self.is_fsdp_enabled: return Trainer._save_checkpoint(self, model, trial) # the parts of the model lie in several processes
@@ -366,10 +368,20 @@ def read_checkpoint(
 ) -> TrainerState | None: # None where the checkpoint is damaged; that is said
     "What `Trainer` wrote down until then."
     try:
-        for name in ("model.safetensors", "state.safetensors"):
-            with safe_open(checkpoint/name, "pt"): pass # looks whether the file is as long as it says
-        return TrainerState.load_from_json(checkpoint/"trainer_state.json")
-    except (OSError, TypeError, ValueError, SafetensorError) as e: tqdm.write(f"{checkpoint}: is damaged ({' '.join(str(e).split())[:100]}), and left alone.")
+        with safe_open(checkpoint/"model.safetensors", "pt"): pass # looks whether the file is as long as it says
+        load_state(checkpoint/"state.safetensors", "schedule", "scaler", "last_logged")
+        state = TrainerState.load_from_json(checkpoint/"trainer_state.json")
+        if state.global_step != int(checkpoint.name[11:]): raise ValueError(f"trainer_state.json is of step {state.global_step}")
+        return state
+    except Exception as e: tqdm.write(f"{checkpoint}: is damaged ({' '.join(str(e).split())[:100]}), and left alone.")
+
+def weights_fit(
+    checkpoint: Path,
+    model: torch.nn.Module,
+) -> bool:
+    "Whether a checkpoint has the weights of such a model."
+    wanted = {name: list(t.shape) for name, t in model.state_dict().items() if name != "lm_head.weight"} # which is tied to the token embedding
+    with safe_open(checkpoint/"model.safetensors", "pt") as f: return wanted == {name: f.get_slice(name).get_shape() for name in f.keys() if name != "lm_head.weight"}
 
 # %% ../nbs/04_training.ipynb #ae6a445d
 class StopOnSignal(TrainerCallback):
@@ -699,7 +711,7 @@ def training_arguments(
     args.logging_steps = min(config.logging_steps, args.eval_steps, args.max_steps)
     return args
 
-# %% ../nbs/04_training.ipynb #628140ac
+# %% ../nbs/04_training.ipynb #66158daf
 for place, harmless in {"trainer": "['lm_head.weight']", # not in a checkpoint: tied to the token embedding, which is
                         "modeling_utils": "your input_ids may be padded", # on the right, where no token looks
                         "trainer_utils": "arguments do not match the ones in"}.items(): # validating more or less often than before the interruption is allowed
@@ -713,9 +725,12 @@ def find_checkpoint(
     config: Config,
     args: TrainingArguments,
     identity: dict, # From `run_identity`
+    model: torch.nn.Module, # To be trained
 ) -> tuple[Path | None, bool]: # Newest checkpoint that is whole, where `config.resume` asks for one, and whether it holds the last step
     "Where to go on from; raises `InputError` where a run is in the way or does not fit, `Finished` where nothing is left to do."
     out = Path(config.output_dir)
+    if link := next((out/name for name in ("checkpoints", "runs", "best_model", "final_model") if (out/name).is_symlink()), None):
+        raise InputError(f"{link}: is a link, and what it leads to may not be ours. Remove it, or choose another --output_dir (which may be a link itself).")
     if config.overwrite: return None, False
     checkpoint, state = next(((c, s) for c in checkpoints_in(out/"checkpoints") if (s := read_checkpoint(c))), (None, None))
     if not config.resume or checkpoint is None:
@@ -735,7 +750,8 @@ def find_checkpoint(
     if written["vocabulary"] != identity["vocabulary"]: differ["vocabulary"] = "the vocabulary"
     elif written["fingerprint"] != identity["fingerprint"] and not {"task", "max_length", "long"} & differ.keys(): differ["data"] = "the data"
     if differ: raise InputError(f"{out}: cannot go on, because these differ from the interrupted run: {', '.join(differ.values())}.\n"
-                                f"Go on with the same settings ({resume_command(out)}), or choose another --output_dir.")
+                                f"Go on with the same settings ({resume_command(out, written['processes'])}), or choose another --output_dir.")
+    if not weights_fit(checkpoint, model): raise InputError(f"{checkpoint}/model.safetensors: holds the weights of another model. Delete {checkpoint} to go on from the one before.")
     done = state.global_step >= args.max_steps or out_of_patience(config, state)
     if done and (out/"final_model").exists():
         raise Finished(f"{out}: the run is finished, after {state.global_step} steps. Raise --num_epochs or --max_steps to go on, or choose another --output_dir.",
@@ -753,9 +769,11 @@ def run_identity(
 
 def resume_command(
     output_dir: Path, # Of an interrupted run
+    processes: int = 1, # That train together
 ) -> str: # To be typed in a shell
     "How to go on with a run."
-    return f"seqgpt train --config {shlex.quote(str(output_dir/'config.yaml'))} --resume"
+    start = "seqgpt" if processes == 1 else f"torchrun --nproc_per_node {processes} -m seqgpt.cli"
+    return f"{start} train --config {shlex.quote(str(output_dir/'config.yaml'))} --resume"
 
 # %% ../nbs/04_training.ipynb #b2c05b72
 def begin_run(
@@ -874,7 +892,7 @@ def task_parts(
     return dict(data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, classes=model_config.label2id), compute_loss_func=partial(class_loss, weights=weights),
                 compute_metrics=ExactMetrics(partial(class_metrics, weights=weights)), preprocess_logits_for_metrics=class_guesses), model_config
 
-# %% ../nbs/04_training.ipynb #863b2041
+# %% ../nbs/04_training.ipynb #bafcdae3
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
@@ -892,8 +910,8 @@ def train(
     model = new_model(model_config, config.seed, config.task)
     if config.init_from: model.transformer.load_state_dict(load_model(config.init_from, task_of(config.init_from)).transformer.state_dict())
     identity, first = run_identity(corpus, tokenizer, args), args.process_index == 0 # of several processes, one writes
-    with alone(out/".lock", f"{out}: another run is writing there. Wait for its end, or choose another --output_dir.") if first else contextlib.nullcontext(), StopOnSignal() as stop:
-        checkpoint, done = find_checkpoint(config, args, identity)
+    with alone_in(out) if first else contextlib.nullcontext(), StopOnSignal() as stop:
+        checkpoint, done = find_checkpoint(config, args, identity, model)
         args.distributed_state.wait_for_everyone() # all have read what is now written anew
         if first: begin_run(config, corpus, split, identity)
         by_length = np.argsort(split.validation.with_format("numpy")["length"][:], kind="stable")
@@ -906,10 +924,16 @@ def train(
         else: run_trainer(trainer, checkpoint, out)
         state = trainer.state
         if first: save_curves(state.log_history, out)
-        if stop.asked: raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. Go on with: {resume_command(out)}")
+        if stop.asked: raise Interrupted(f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. Go on with: {resume_command(out, args.world_size)}" if first else "")
         if not any("eval_loss" in log for log in state.log_history): trainer.evaluate() # a callback stopped it before the first validation
         if first: save_model(out/"final_model", model, tokenizer, config, validation_metrics(state.log_history))
         return Run(out, read_json(out/"best_model/metrics.json"), state.log_history)
+
+def alone_in(
+    out: Path, # Folder of a run
+):
+    "A lock for writing into the folder of a run; raises `InputError` where another run has it."
+    return alone(out/".lock", f"{out}: another run is writing there. Wait for its end, or choose another --output_dir.")
 
 def run_trainer(
     trainer: QuickTrainer,
@@ -923,4 +947,4 @@ def run_trainer(
             trainer.add_callback(TensorBoardCallback(writer))
         stack.enter_context(say_what_fits(trainer))
         try: trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        except KeyboardInterrupt: raise Interrupted(f"Stopped at once. Go on from the newest checkpoint with: {resume_command(out)}") from None
+        except KeyboardInterrupt: raise Interrupted(f"Stopped at once. Go on from the newest checkpoint with: {resume_command(out, trainer.args.world_size)}") from None

@@ -1,4 +1,5 @@
 "The installed command, as a user types it."
+import importlib
 import json
 import re
 import shutil
@@ -287,7 +288,18 @@ def test_finished_runs_are_left_alone(corpus):
     refused(seqgpt(*RUN, "--max_steps", 4, "--resume", cwd=corpus), "no checkpoint to go on from", "--overwrite")
 
 
+def test_no_other_run_begins_before_the_evaluation_has_ended(corpus, monkeypatch):
+    cli = importlib.import_module("seqgpt.cli")
+    show, seen = cli.show_run, []
+    def other(config, run):
+        refused(seqgpt(*RUN, "--max_steps", 2, "--overwrite", cwd=corpus), "another run is writing there")
+        seen.append(show(config, run))
+    monkeypatch.setattr(cli, "show_run", other)
+    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0 and seen == [None] and (corpus/"outputs/samples.jsonl").exists()
+
+
 def test_places_that_cannot_be(corpus):
+    refused(seqgpt(*RUN, "--output_dir", "", cwd=corpus), "output_dir is empty")
     (corpus/"file").touch()
     refused(seqgpt(*RUN, "--output_dir", "file", cwd=corpus), "file")
     refused(seqgpt("train", "--data_path", ".", "--output_dir", ".", cwd=corpus), "is the folder of the data")
