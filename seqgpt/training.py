@@ -430,7 +430,7 @@ class StopWhenDiverged(TrainerCallback):
         raise Diverged(f"{what}: training has diverged. {kept}\nStart again with a lower --learning_rate (it was {args.learning_rate:g}; try {min(args.learning_rate/10, 1e-3):g}), "
                        "--warmup_steps 0.05 or --precision fp32, and --overwrite or another --output_dir.")
 
-# %% ../nbs/04_training.ipynb #082c3bec
+# %% ../nbs/04_training.ipynb #0b9e1a7e
 class OutOfMemory(RuntimeError):
     "A batch does not fit into memory; the message says what does."
 
@@ -475,7 +475,7 @@ def say_what_fits(
         alone = args.world_size == 1 # several processes would wait for each other
         size = largest_batch(trainer) if alone else max((k for k in range(1, whole) if whole % k == 0), default=0)
         remedy = f"--batch_size {size} --gradient_accumulation_steps {parts*whole//size} {'fits' if alone else 'takes less'}, and each step still sees as many sequences.\nStart again with that" if size else (
-            f"Not even one sequence fits; weights, gradients and moments of the {n:,} parameters alone take {16*n/1e9:.2g} GB.\nStart again with a lower --max_length, --n_embd or --n_layer")
+            f"Not even one sequence went through afterwards; weights, gradients and moments of the {n:,} parameters alone take {16*n/1e9:.2g} GB.\nStart again with {'--batch_size 1, or else with ' if whole > 1 else ''}a lower --max_length, --n_embd or --n_layer")
         raise OutOfMemory(f"Out of memory, with batches of {whole}. {remedy}, and with --overwrite or another --output_dir.") from None
 
 # %% ../nbs/04_training.ipynb #bfae394d
