@@ -312,9 +312,10 @@ def load_state(
         parts = dict(json.loads(f.metadata()["form"])["items"])
         return [unpack(parts[name]) for name in names]
 
-# %% ../nbs/04_training.ipynb #d80a590d
+# %% ../nbs/04_training.ipynb #dbda5ff6
 @patch
 def _save_checkpoint(self: QuickTrainer, model, trial):
+    "Writes all that is needed to go on, in safetensors and JSON; deletes all checkpoints but the last two."
     if self.is_fsdp_enabled: return Trainer._save_checkpoint(self, model, trial) # the parts of the model lie in several processes
     self.store_flos()
     name, key, *rest = np.random.get_state()
@@ -332,6 +333,7 @@ def _save_checkpoint(self: QuickTrainer, model, trial):
 
 @patch
 def _load_optimizer_and_scheduler(self: QuickTrainer, checkpoint):
+    "What the optimiser remembers, and the place in the schedule of this run."
     if checkpoint is None: return
     state, saved, scaler = load_state(Path(checkpoint)/"state.safetensors", "optimizer", "schedule", "scaler")
     schedule, by_formula = self.lr_scheduler, isinstance(self.lr_scheduler, LambdaLR)
@@ -346,6 +348,7 @@ def _load_scaler(self: QuickTrainer, checkpoint): pass # done above
 
 @patch
 def _load_rng_state(self: QuickTrainer, checkpoint):
+    "The random generators of this process, and its losses since the last log."
     if checkpoint is None: return
     processes, self._globalstep_last_logged = load_state(Path(checkpoint)/"state.safetensors", "processes", "last_logged")
     mine = processes[self.args.process_index]
