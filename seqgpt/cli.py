@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'PATHS', 'FULL', 'is_input_error', 'LESS', 'parser_for', 'plain_message', 'on_lines', 'corpus_digits',
-           'corpus_markov', 'measures', 'train_command', 'show_run', 'write_samples', 'write_lines', 'evaluate',
-           'read_sequences', 'infer', 'print_labels', 'interact', 'usage', 'preset', 'settings_file', 'literal',
-           'run_verb', 'explain', 'main']
+           'corpus_markov', 'measures', 'train_command', 'show_run', 'write_samples', 'evaluate', 'read_sequences',
+           'infer', 'print_labels', 'interact', 'usage', 'preset', 'settings_file', 'literal', 'run_verb', 'explain',
+           'main']
 
 # %% ../nbs/10_cli.ipynb #364a1381
 import contextlib
@@ -162,7 +162,7 @@ def show_run(
     print(write_samples(generate(model, tokenizer, num_samples=40, max_new_tokens=longest, top_p=0.9, seed=config.seed), tokenizer, run.output_dir))
     print(left)
 
-# %% ../nbs/10_cli.ipynb #984039ba
+# %% ../nbs/10_cli.ipynb #fc2cc8b4
 def write_samples(
     samples: list, # From `generate`
     tokenizer, # Of the model
@@ -175,7 +175,7 @@ def write_samples(
     import numpy as np
 
     from seqgpt.corpora import DigitJudge, digits_shape, plot_images, to_images
-    from seqgpt.data import written_whole
+    from seqgpt.data import write_lines, written_whole
     out, vocab, shown = Path(out_dir), tokenizer.get_vocab(), shown or samples
     if shape := digits_shape(vocab):
         given = ~np.isnan(to_images([s.tokens[:s.given] for s in shown], vocab))
@@ -186,15 +186,6 @@ def write_samples(
     judge = DigitJudge(*shape)
     return (f"{out}/samples.png: of {len(samples)} drawn digits {judge.recognised(to_images([s.tokens for s in samples], vocab)):.0%} are recognised "
             f"by a classifier of real digits,\nwhich recognises {judge.recognised(judge.held_out):.0%} of held-out real ones and names {judge.accuracy:.1%} of those rightly.")
-
-def write_lines(
-    path: str | Path, # A JSON Lines file
-    rows, # Dictionaries
-):
-    "Writes a row on each line."
-    from seqgpt.data import written_whole
-    with written_whole(path) as part, open(part, "w", encoding="utf-8") as f:
-        for row in rows: f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 # %% ../nbs/10_cli.ipynb #e6b747f2
 def evaluate(
@@ -276,7 +267,7 @@ def infer(
         print(write_samples(samples, tokenizer, out_dir, sum(rows, []), num_samples + 1 if rows else 10), file=sys.stderr)
     for s in samples: print(*s.tokens)
 
-# %% ../nbs/10_cli.ipynb #bcd1f9b9
+# %% ../nbs/10_cli.ipynb #2956fa53
 def print_labels(
     model, # A classifier
     tokenizer, # Its tokenizer
@@ -288,6 +279,7 @@ def print_labels(
     from scipy.special import softmax
 
     from seqgpt.classification import predict
+    from seqgpt.data import write_lines
     from seqgpt.inference import encode_prompt
     from seqgpt.tokenizer import InputError
     eos, most = tokenizer.eos_token, model.config.n_positions
@@ -434,7 +426,7 @@ def explain(
         return f"{error.filename or 'writing'}: {error.strerror}. What was there before is whole.\nMake room and repeat the command; an interrupted training goes on with --resume."
     return f"{name}: {' '.join(str(error).split())[:300]}\nSEQGPT_TRACEBACK=1 in the environment shows where this came from."
 
-# %% ../nbs/10_cli.ipynb #2cc8f436
+# %% ../nbs/10_cli.ipynb #1ecba5db
 def main(
     argv: list[str] | None = None, # What stands behind `seqgpt`; default: the command line
 ) -> int: # Exit code
@@ -455,7 +447,7 @@ def main(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error") # our messages say what a user needs
     main_thread = threading.current_thread() is threading.main_thread() # only there can signals be received
     terminate = main_thread and signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C: what is half written is removed
-    threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else threading.__excepthook__(failed) # TensorBoard's own thread: a full disk is said below
+    hook, threading.excepthook = threading.excepthook, lambda failed: None if isinstance(failed.exc_value, OSError) else hook(failed) # TensorBoard's own thread: a full disk is said below
     try:
         run_verb(verb, rest)
         sys.stdout.flush()
@@ -472,6 +464,7 @@ def main(
         print(f"seqgpt {verb}: {on_lines(explain(e, verb))}", file=sys.stderr)
         return 2 if is_input_error(e) or getattr(e, "errno", None) in PATHS else 1
     finally:
+        threading.excepthook = hook
         if terminate: signal.signal(signal.SIGTERM, terminate)
 
 # %% ../nbs/10_cli.ipynb #63a723cd

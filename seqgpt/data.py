@@ -7,7 +7,7 @@ __all__ = ['LONGEST', 'LONG', 'CELL_COLOURS', 'BadLine', 'symbol_ids', 'frame', 
            'corpus_files', 'read_lines', 'Problems', 'cut', 'fingerprint', 'Corpus', 'encode_rows', 'id_type',
            'write_arrow', 'written_whole', 'sync', 'swap', 'remove', 'alone', 'sweep', 'read_corpus', 'Split',
            'split_corpus', 'given_split', 'class_names', 'collate', 'cell_colours', 'plot_batch', 'ByLength',
-           'write_corpus']
+           'write_lines', 'write_corpus']
 
 # %% ../nbs/01_data.ipynb #ff493d63
 import contextlib
@@ -513,7 +513,15 @@ class ByLength(torch.utils.data.Sampler):
         rest = [batches.pop()] if len(self) % self.batch_size else [] # a smaller batch stays the last one
         return iter(shuffled[np.concatenate(sorted(batches, key=min) + rest)].tolist())
 
-# %% ../nbs/01_data.ipynb #d759d4ac
+# %% ../nbs/01_data.ipynb #26bc6a8b
+def write_lines(
+    path: str | Path, # A JSON Lines file
+    rows, # Dictionaries
+):
+    "Writes a row on each line."
+    with written_whole(path) as part, open(part, "w", encoding="utf-8") as f:
+        for row in rows: f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
 def write_corpus(
     folder: str | Path, # Made if it is not there
     sequences, # An iterable of sequences of symbols
@@ -528,8 +536,6 @@ def write_corpus(
     if len(labels) != len(sequences): raise InputError(f"{len(sequences)} sequences but {len(labels)} labels. Give one label for each, or none.")
     for name in ("vocab.json", "sequences.jsonl"):
         if (folder/name).exists(): raise InputError(f"{folder/name}: is there already. Choose another folder, or move it away.")
-    with written_whole(folder/"sequences.jsonl") as part, open(part, "w", encoding="utf-8") as f:
-        for tokens, label in zip(sequences, labels):
-            f.write(json.dumps({"tokens": tokens} | ({} if label is None else {"label": label}), ensure_ascii=False) + "\n")
+    write_lines(folder/"sequences.jsonl", ({"tokens": tokens} | ({} if label is None else {"label": label}) for tokens, label in zip(sequences, labels)))
     with written_whole(folder/"vocab.json") as part: part.write_text(json.dumps(vocab, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder

@@ -13,7 +13,7 @@ __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision
            'begin_run', 'say_what_is_lacking', 'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts',
            'train', 'alone_in', 'run_trainer']
 
-# %% ../nbs/04_training.ipynb #d062985c
+# %% ../nbs/04_training.ipynb #9117b280
 import contextlib
 import json
 import logging
@@ -51,9 +51,8 @@ from transformers import GPT2Config, ProgressCallback, Trainer, TrainerCallback,
 from transformers.integrations import TensorBoardCallback
 from transformers.optimization import get_scheduler
 
-from seqgpt.data import (
-    LONG, ByLength, Corpus, Split, alone, class_names, collate, corpus_files, fingerprint, given_split, read_corpus, remove, split_corpus, sweep, written_whole,
-)
+from .data import LONG, ByLength, Corpus, Split, class_names, collate, corpus_files, fingerprint, given_split, read_corpus, split_corpus
+from .data import alone, remove, sweep, written_whole
 from .model import TASKS, count_parameters, keep_memory, load_model, make_config, new_model, quicken, saved_config, task_of
 from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_json, read_text, read_vocab, save_tokenizer
 

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import io
 import json
+import shutil
 import subprocess
 
 import fastcore.docments
@@ -77,6 +78,16 @@ def refused(result, *words):
     lines = result.stderr.strip().splitlines()
     assert 1 <= len(lines) <= 3 and "Traceback" not in result.stderr, result.stderr
     for word in words: assert word in result.stderr, f"{word!r} is not in {result.stderr!r}"
+
+
+def write_runs(folder, lines):
+    "A language model (in outputs) and a classifier (in c), of two steps, with their data, and without what else a run leaves behind."
+    write_lines(folder, lines)
+    for task, out in (("clm", "outputs"), ("classification", "c")):
+        result = seqgpt("train", "--task", task, "--data_path", "data.jsonl", "--output_dir", out, "--max_length", 16, "--max_steps", 2, *TINY, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        for part in ("checkpoints", "runs", "final_model", "best_model/evaluation"): shutil.rmtree(folder/out/part)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import NAMES, NOTES, TINY, VOCAB, refused, seqgpt, write_lines
+from conftest import NAMES, NOTES, TINY, VOCAB, refused, seqgpt, write_lines, write_runs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -252,16 +252,7 @@ def test_nothing_is_drawn_for_a_run_that_cannot_be(flags, tmp_path):
 # --- models
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    "A language model and a classifier, of two steps, with their data."
-    folder = tmp_path_factory.mktemp("runs")
-    write_lines(folder, GOOD)
-    for task, out in (("clm", "outputs"), ("classification", "c")):
-        result = seqgpt(*TRAIN, "--task", task, "--output_dir", out, cwd=folder)
-        assert result.returncode == 0, result.stderr
-        for part in ("checkpoints", "runs", "final_model"): shutil.rmtree(folder/out/part)
-        shutil.rmtree(folder/out/"best_model/evaluation")
-    return folder
+def runs(tmp_path_factory): return write_runs(tmp_path_factory.mktemp("runs"), GOOD)
 
 
 @pytest.fixture
