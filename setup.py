@@ -17,6 +17,6 @@ setup(
     long_description=(here/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     keywords=cfg["keywords"].split(), classifiers=lines("classifiers"), python_requires=f">={cfg['min_python']}",
     packages=["seqgpt"], package_data={"seqgpt": ["*.yaml"]},
-    install_requires=lines("requirements"), extras_require={"docs": lines("docs_requirements"), "bench": lines("bench_requirements"), "dev": lines("docs_requirements") + lines("bench_requirements") + lines("dev_requirements")},
+    install_requires=lines("requirements"), extras_require={**(extras := {name: lines(f"{name}_requirements") for name in ("onnx", "docs", "bench")}), "dev": sum(extras.values(), []) + lines("dev_requirements")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["seqgpt=seqgpt._modidx:d"]},
 )
