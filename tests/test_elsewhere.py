@@ -1,0 +1,164 @@
+"The saved folders in other programs; what needs an environment of its own: pytest -m slow"
+import ast
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import ctranslate2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, VOCAB
+from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification, pipeline
+
+from seqgpt.model import make_config, new_model
+from seqgpt.tokenizer import make_tokenizer, save_tokenizer
+
+
+def environment(folder, *packages):
+    "Python, in a new environment with PyTorch and `packages`."
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([folder/"bin/python", "-m", "pip", "install", "-q", f"torch=={torch.__version__.split('+')[0]}", *packages], check=True)
+    return folder/"bin/python"
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    "A language model with odd symbols, heads of 48 dimensions, and random weights, large enough to make it sure of itself; it never ends."
+    symbols = ["[PAD]", "<s>", "</s>", "[UNK]", "a", "ab", "b", "abab", "C4", "C44", "c#", "Ġ", "▁x", "é", "日本", "<|x|>", '"', "\\n", "0", "<0x0A>", "🎵"]
+    tokenizer = make_tokenizer({s: i for i, s in enumerate(symbols)})
+    model = new_model(make_config(tokenizer, 300, n_layer=2, n_head=2, n_embd=96), seed=0).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(4)
+        model.transformer.wte.weight[tokenizer.eos_token_id] = 0
+    folder = tmp_path_factory.mktemp("odd")
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return model, tokenizer, folder
+
+
+def prefixes(tokenizer, n=20, longest=40):
+    "Random ones, `<bos>` first."
+    rng = np.random.default_rng(0)
+    return [[tokenizer.bos_token_id, *rng.integers(4, len(tokenizer), rng.integers(longest)).tolist()] for _ in range(n)]
+
+
+def continued(model, ids, new=256):
+    "Greedily."
+    return model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)[0, len(ids):].tolist()
+
+
+@pytest.mark.parametrize("version", [None, pytest.param("4.57", marks=pytest.mark.slow)])
+def test_ctranslate2_has_the_same_probabilities_and_tokens(odd, version, tmp_path):
+    model, tokenizer, folder = odd
+    if version: subprocess.run([environment(tmp_path/"venv", f"transformers=={version}.*", f"ctranslate2=={ctranslate2.__version__}").parent/"ct2-transformers-converter", "--model", folder, "--output_dir", tmp_path/"ct2"], check=True)
+    else: ctranslate2.converters.TransformersConverter(str(folder)).convert(str(tmp_path/"ct2"))
+    there = ctranslate2.Generator(str(tmp_path/"ct2"), compute_type="float32", intra_threads=1)
+    some = prefixes(tokenizer)
+    scores = np.array(there.forward_batch(some, return_log_probs=True)) # of different lengths
+    for ids, found in zip(some, scores):
+        with torch.no_grad(): assert np.allclose(found[:len(ids)], model(torch.tensor([ids])).logits[0].log_softmax(-1), atol=1e-4)
+    for ids in some:
+        made = there.generate_batch([tokenizer.convert_ids_to_tokens(ids)], max_length=256, sampling_topk=1, include_prompt_in_result=False)[0]
+        assert made.sequences_ids[0] == continued(model, ids) and made.sequences[0] == tokenizer.convert_ids_to_tokens(made.sequences_ids[0])
+
+
+def test_ctranslate2_takes_a_classifier_for_a_language_model(odd, tmp_path):
+    model, tokenizer, _ = odd
+    GPT2ForSequenceClassification(model.config).save_pretrained(tmp_path/"c")
+    save_tokenizer(tokenizer, tmp_path/"c")
+    run = subprocess.run(["ct2-transformers-converter", "--model", tmp_path/"c", "--output_dir", tmp_path/"ct2"], env={**os.environ, "TRANSFORMERS_VERBOSITY": "warning"}, capture_output=True, text=True, check=True)
+    assert "score.weight" in run.stderr and "UNEXPECTED" in run.stderr
+    assert ctranslate2.Generator(str(tmp_path/"ct2")).generate_batch([["<s>"]], max_length=3)
+
+
+TRANSFORMERS_4 = """
+import json, random, sys
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer, GPT2TokenizerFast
+folder = sys.argv[1]
+vocab = json.load(open(folder + "/vocab.json"))
+auto, slow, fast = (c.from_pretrained(folder) for c in (AutoTokenizer, GPT2Tokenizer, GPT2TokenizerFast))
+rng = random.Random(0)
+for _ in range(500):
+    symbols = rng.choices(list(vocab), k=rng.randint(1, 12))
+    text, ids = " ".join(symbols), [vocab[s] for s in symbols]
+    assert auto(text)["input_ids"] == slow(text)["input_ids"] == fast(text)["input_ids"] == ids and auto.decode(ids) == text
+    assert auto("x-y " + text + " zz")["input_ids"] == [auto.unk_token_id, *ids, auto.unk_token_id]
+model = GPT2LMHeadModel.from_pretrained(folder)
+ids = auto("<bos> C4 E4", return_tensors="pt")["input_ids"]
+new = AutoModelForCausalLM.from_pretrained(folder).generate(ids, max_new_tokens=13, do_sample=False)[0].tolist()
+from transformers import pipeline
+pipe = pipeline("text-classification", sys.argv[2], top_k=None)
+texts = ["C4 D4 E4", "<bos> E4 D4 C4 <eos>"]
+assert set(auto(text)) == {"input_ids", "attention_mask"} # no token types, which GPT-2 would add to the tokens
+print(json.dumps({"classes": [{p["label"]: p["score"] for p in pipe([t])[0]} for t in texts], "version": transformers.__version__, "logits": model(**auto("<bos> C4 E4", return_tensors="pt")).logits[0, -1].tolist(), "generated": new}))
+"""
+
+
+@pytest.mark.slow
+def test_saved_folders_in_transformers_4(trained, classifier, tmp_path):
+    python, folder = environment(tmp_path/"venv", "transformers==4.57.*"), trained/"outputs/best_model"
+    there = json.loads(subprocess.run([python, "-c", TRANSFORMERS_4, folder, classifier/"c/best_model"], check=True, capture_output=True, text=True).stdout)
+    model, ids = AutoModelForCausalLM.from_pretrained(folder), [VOCAB[s] for s in ("<bos>", "C4", "E4")]
+    assert there["version"].startswith("4.57")
+    assert torch.allclose(model(torch.tensor([ids])).logits[0, -1], torch.tensor(there["logits"]), atol=1e-5)
+    assert ids + continued(model, ids, 13) == there["generated"] # as far as it has positions
+    for text, scores in zip(("C4 D4 E4", "E4 D4 C4"), there["classes"]):
+        here = {p["label"]: p["score"] for p in pipeline("text-classification", str(classifier/"c/best_model"), top_k=None)([text])[0]}
+        assert here.keys() == scores.keys() and all(abs(here[k] - scores[k]) < 1e-5 for k in here)
+
+
+LLAMA_CPP = """
+import json, sys
+import numpy as np
+from llama_cpp import Llama
+path, given = sys.argv[1], json.load(sys.stdin)
+llama = Llama(path, n_ctx=300, logits_all=True, verbose=False, n_threads=1)
+out = []
+for ids, text in given:
+    llama.reset()
+    llama.eval(ids)
+    out.append({"ids": llama.tokenize(text.encode(), special=True), "logits": np.array(llama.scores[:len(ids)]).tolist(), "new": []})
+    llama.reset()
+    for t in llama.generate(ids, temp=0, top_k=1, repeat_penalty=1.0):
+        out[-1]["new"].append(t)
+        if len(out[-1]["new"]) == 256: break
+print(json.dumps({"answers": out, "unknown": llama.tokenize(b"a zz b"), "text": llama.detokenize([4, 5, 6]).decode(), "eos": llama.token_eos()}))
+"""
+
+
+@pytest.mark.slow # llama.cpp is compiled
+def test_llama_cpp_runs_what_the_page_writes_and_its_converter_refuses(odd, tmp_path):
+    model, tokenizer, folder = odd
+    python = environment(tmp_path/"venv", "transformers==5.23.0", "gguf==0.19.0")
+    subprocess.run([python, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", tmp_path, "llama-cpp-python==0.3.36"], check=True)
+    source, = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as tar: tar.extractall(tmp_path/"source", filter="data")
+    converter, = tmp_path.glob("source/*/vendor/llama.cpp/convert_hf_to_gguf.py")
+    convert = lambda: subprocess.run([python, converter, folder, "--outfile", tmp_path/"no.gguf"], capture_output=True, text=True)
+    refused, config = convert(), json.loads((folder/"config.json").read_text())
+    assert refused.returncode and "KeyError: 'n_ctx'" in refused.stderr
+    (folder/"config.json").write_text(json.dumps({**config, "n_ctx": 300}))
+    refused = convert()
+    (folder/"config.json").write_text(json.dumps(config))
+    assert refused.returncode and "BPE pre-tokenizer was not recognized" in refused.stderr
+    cell = next(text for c in json.loads((ROOT/"nbs/tutorials/elsewhere.ipynb").read_text())["cells"] if "def write_gguf" in (text := "".join(c["source"])))
+    function = ast.get_source_segment(cell, ast.parse(cell).body[0])
+    (tmp_path/"write.py").write_text(f"import json, sys\nfrom pathlib import Path\nimport gguf\nimport numpy as np\nfrom safetensors.numpy import load_file\nfrom transformers import AutoTokenizer\n{function}\nwrite_gguf(*sys.argv[1:])\n")
+    subprocess.run([python, tmp_path/"write.py", folder, tmp_path/"odd.gguf"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", source], check=True)
+    some = prefixes(tokenizer)
+    given = [(ids, " ".join(tokenizer.convert_ids_to_tokens(ids[1:]))) for ids in some]
+    there = json.loads(subprocess.run([python, "-c", LLAMA_CPP, tmp_path/"odd.gguf"], input=json.dumps(given), capture_output=True, text=True, check=True).stdout)
+    behind = lambda ids: model(torch.tensor([ids])).logits[0].detach()
+    for ids, answer in zip(some, there["answers"]):
+        near = behind(ids).abs().max().item()/100
+        assert answer["ids"] == ids and torch.allclose(torch.tensor(answer["logits"]), behind(ids), atol=near, rtol=0)
+        new = continued(model, ids)
+        same = next((k for k, (a, b) in enumerate(zip(new, answer["new"])) if a != b), None)
+        if same is not None: assert (scores := behind(ids + new[:same])[-1]).max() - scores[answer["new"][same]] < near # as good as a tie
+    assert sum(answer["new"] == continued(model, ids) for ids, answer in zip(some, there["answers"])) > len(some)/2
+    assert there["eos"] == tokenizer.eos_token_id and there["unknown"] == [1, 4, 6] and there["text"] == "aabb" # dropped; without spaces
