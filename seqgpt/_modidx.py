@@ -43,6 +43,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'seqgpt.bench.machine': ('bench.html#machine', 'seqgpt/bench.py'),
                               'seqgpt.bench.matrix_products': ('bench.html#matrix_products', 'seqgpt/bench.py'),
                               'seqgpt.bench.next_token_loss': ('bench.html#next_token_loss', 'seqgpt/bench.py'),
+                              'seqgpt.bench.on_onnx_runtime': ('bench.html#on_onnx_runtime', 'seqgpt/bench.py'),
                               'seqgpt.bench.peak_memory': ('bench.html#peak_memory', 'seqgpt/bench.py'),
                               'seqgpt.bench.plot_bars': ('bench.html#plot_bars', 'seqgpt/bench.py'),
                               'seqgpt.bench.plot_bench': ('bench.html#plot_bench', 'seqgpt/bench.py'),

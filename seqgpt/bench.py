@@ -9,9 +9,9 @@ __all__ = ['quartiles', 'DTYPES', 'SYMBOLS', 'LONG', 'adamw', 'WARM_UP', 'megaby
            'train_transformers', 'Block', 'PlainGPT', 'next_token_loss', 'train_plain', 'x_transformer',
            'train_lightning', 'contenders', 'serve', 'peak_memory', 'Contender', 'bench_training', 'show_training',
            'bench_tricks', 'show_tricks', 'StopAt', 'bench_quality', 'show_quality', 'bench_evaluation',
-           'show_evaluation', 'bench_generation', 'show_generation', 'bench_lengths', 'show_lengths', 'first_step',
-           'bench_data', 'show_data', 'bench_startup', 'show_startup', 'plot_bars', 'plot_lines', 'plot_bench',
-           'machine', 'bench']
+           'show_evaluation', 'bench_generation', 'on_onnx_runtime', 'show_generation', 'bench_lengths', 'show_lengths',
+           'first_step', 'bench_data', 'show_data', 'bench_startup', 'show_startup', 'plot_bars', 'plot_lines',
+           'plot_bench', 'machine', 'bench']
 
 # %% ../nbs/11_bench.ipynb #f1d2e5a2
 import copy
@@ -542,41 +542,55 @@ def show_evaluation(
     "Prints it as a table."
     print_table(["evaluation", "tokens/s", "quartiles", "loss"], [[row["name"], f"{row['tokens_per_second']['median']:,.0f}", quartiles(row["tokens_per_second"]), f"{row['loss']:.4f}"] for row in found["rows"]])
 
-# %% ../nbs/11_bench.ipynb #a0829ca4
+# %% ../nbs/11_bench.ipynb #80ded237
 def bench_generation(
     setup: Setup, # With a corpus
     rounds: int = 5, # How often each has its turn
     batch_sizes: tuple[int, ...] = (1, 8, 32), # Sequences at once
-) -> dict: # `rows`, one for each precision and number of sequences
+) -> dict: # `rows`, one for each contender and number of sequences; `left_out`, as for `bench_training`
     "Tokens generated in a second."
-    tokenizer, new = setup.tokenizer(), setup.length - 2
+    tokenizer, new, left_out = setup.tokenizer(), setup.length - 2, {}
     model = new_model(make_config(tokenizer, setup.length, setup.n_layer, setup.n_head, setup.n_embd), 0).to(device()).eval()
     with torch.no_grad():
         for p in model.parameters(): p *= 2
         model.transformer.wte.weight[tokenizer.all_special_ids] = 0
+    models = {f"{who}, {p}": copy.deepcopy(model).to(DTYPES[p]) for p in precisions() for who in ("Transformers", "seqgpt")}
+    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"): models |= on_onnx_runtime(model, f"{setup.folder}/onnx")
+    else: left_out["ONNX Runtime"] = "not installed: pip install 'seqgpt[onnx]'"
     calls, rows = {}, []
-    for p in precisions():
-        cast = copy.deepcopy(model).to(DTYPES[p])
-        for n in batch_sizes:
-            ids = torch.tensor([[tokenizer.bos_token_id, 4 + k] for k in range(n)], device=device())
-            calls[p, n, "Transformers"] = partial(cast.generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-            calls[p, n, "seqgpt"] = partial(generate, cast, tokenizer, [[s] for s in SYMBOLS[:n]], max_new_tokens=new, temperature=0, batch_size=n)
+    for n in batch_sizes:
+        ids = torch.tensor([[tokenizer.bos_token_id, 4 + k] for k in range(n)], device=device())
+        for name, m in models.items():
+            calls[name, n] = (partial(m.generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False) if name.startswith("Transformers")
+                              else partial(generate, m, tokenizer, [[s] for s in SYMBOLS[:n]], max_new_tokens=new, temperature=0, batch_size=n))
     written = {key: call() for key, call in tqdm(calls.items(), desc="Generation, warm-up", leave=False)}
+    written = {key: w[:, 2:].tolist() if isinstance(w, torch.Tensor) else [tokenizer.convert_tokens_to_ids(s.tokens[s.given:]) for s in w] for key, w in written.items()}
+    if {len(q) for w in written.values() for q in w} != {new}: raise RuntimeError("A sequence ended early, so the speeds cannot be compared.")
     seconds = take_turns(calls, rounds, 1, "Generation")
-    for p, n in dict.fromkeys(key[:2] for key in calls):
-        theirs, ours = written[p, n, "Transformers"][:, 2:].tolist(), [tokenizer.convert_tokens_to_ids(s.tokens[s.given:]) for s in written[p, n, "seqgpt"]]
-        if {len(q) for q in theirs + ours} != {new}: raise RuntimeError("A sequence ended early, so the speeds cannot be compared.")
-        r = {who: rate(seconds[p, n, who], n*new) for who in ("Transformers", "seqgpt")}
-        rows.append({"precision": p, "sequences": n, "tokens_per_second": r, "ratio": r["seqgpt"]["median"]/r["Transformers"]["median"],
-                     "same_tokens": float(np.mean(np.array(theirs) == ours)), "seconds": {who: seconds[p, n, who] for who in r}})
-    return {"rows": rows}
+    first = next(iter(models))
+    for (name, n), s in seconds.items():
+        rows.append({"name": name, "sequences": n, "tokens_per_second": rate(s, n*new), "ratio": float(np.median(seconds[first, n])/np.median(s)),
+                     "same_tokens": float(np.mean(np.array(written[name, n]) == written[first, n])), "seconds": s})
+    return {"rows": rows, "left_out": left_out}
+
+def on_onnx_runtime(
+    model, # Of PyTorch
+    folder: str, # To write to
+) -> dict: # Name to `OnnxModel`, in 32 and in 8 bits
+    "The same model on ONNX Runtime, with its cache in place."
+    from seqgpt.export import OnnxModel, to_int8, to_onnx
+    model.config.save_pretrained(folder)
+    to_onnx(copy.deepcopy(model).cpu(), f"{folder}/fp32.onnx", "in place")
+    to_int8(f"{folder}/fp32.onnx", f"{folder}/int8.onnx")
+    return {f"seqgpt, ONNX, {p}": OnnxModel(f"{folder}/{p}.onnx") for p in ("fp32", "int8")}
 
 def show_generation(
     found: dict, # From `bench_generation`
 ):
     "Prints it as a table."
-    print_table(["generation", "sequences", "Transformers", "seqgpt", "times", "same tokens"], [
-        [row["precision"], row["sequences"], *(f"{row['tokens_per_second'][who]['median']:,.0f}/s" for who in ("Transformers", "seqgpt")), f"{row['ratio']:.2f}", f"{row['same_tokens']:.1%}"] for row in found["rows"]])
+    print_table(["generation", "sequences", "tokens/s", "quartiles", "times", "same tokens"], [
+        [row["name"], row["sequences"], f"{row['tokens_per_second']['median']:,.0f}", quartiles(row["tokens_per_second"]), f"{row['ratio']:.2f}", f"{row['same_tokens']:.1%}"] for row in found["rows"]])
+    for name, why in found["left_out"].items(): tqdm.write(f"{name}: {why}")
 
 # %% ../nbs/11_bench.ipynb #0ab2be2d
 def bench_lengths(
@@ -693,7 +707,7 @@ def plot_lines(
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9")
 
-# %% ../nbs/11_bench.ipynb #9e81d36a
+# %% ../nbs/11_bench.ipynb #996317c8
 PARTS = ("training", "tricks", "evaluation", "generation", "lengths", "data", "startup", "quality")
 
 def plot_bench(
@@ -724,12 +738,11 @@ def plot_bench(
                 plot_bars(wide("until it is good: seconds"), {f"{row['corpus']}, {row['name']}": dict.fromkeys(("low", "median", "high"), row["seconds"]) for row in r})
             elif part == "evaluation": plot_bars(wide("evaluation: tokens/s"), {row["name"]: row["tokens_per_second"] for row in r})
             elif part == "generation":
-                ax = wide("generation: times as fast as Transformers (tokens/s)")
-                plot_bars(ax, {f"seqgpt, {row['precision']}, {row['sequences']} at once": dict.fromkeys(("low", "median", "high"), row["ratio"]) for row in r},
-                          [f"{row['ratio']:.1f} × ({row['tokens_per_second']['seqgpt']['median']:,.0f})" for row in r])
+                ax = panel("generation: times as fast as the first (tokens/s)", 2.2, width - 0.1, heights[part])
+                plot_bars(ax, {f"{row['name']}, {row['sequences']} at once": dict.fromkeys(("low", "median", "high"), row["ratio"]) for row in r},
+                          [f"{row['ratio']:.1f} × ({row['tokens_per_second']['median']:,.0f})" for row in r])
                 ax.set_xlim(0, 1.5*max(1, *column("ratio")))
                 ax.axvline(1, color="0.3", lw=1, ls=":", zorder=0)
-                ax.set_yticks(range(len(r)), [f"{row['precision']}, {row['sequences']} at once" for row in r])
             elif part == "startup": plot_bars(wide("start: seconds"), {row["name"]: {"median": row["median"], "low": min(row["seconds"]), "high": max(row["seconds"])} for row in r}, [f"{row['median']:.2f}" for row in r])
             elif part == "lengths":
                 for ax, y in zip(halves("one step: seconds", "its memory: MB"), ("step", "memory")):

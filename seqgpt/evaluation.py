@@ -488,15 +488,16 @@ def plot_evaluation(
     for ax, panel in zip(axes.flat, panels): panel(evaluation, ax)
     return fig
 
-# %% ../nbs/06_evaluation.ipynb #9e5e6ce8
+# %% ../nbs/06_evaluation.ipynb #8fce70c1
 def training_split(
     model_path: str | Path, # A folder such as outputs/best_model
     tokenizer, # Of the model
     cache_dir: str | None = None, # As for `read_corpus`; the folder of a model does not say where to write
 ) -> Split:
     "The data that a model was trained and validated on; raises `InputError` where it is gone, or has changed."
-    config, written = replace(read_config(Path(model_path)/"config.yaml"), cache_dir=cache_dir), Path(model_path).parent/"split.json"
+    written = Path(model_path).parent/"split.json"
     try:
+        config = replace(read_config(Path(model_path)/"config.yaml"), cache_dir=cache_dir)
         check_config(config)
         corpus, split = load_data(config, tokenizer)
     except InputError as e: raise InputError(f"{e}\nThat is what the model was trained on; name other sequences with --data_path (evaluate) or --prompt_file (infer).") from e

@@ -43,7 +43,9 @@ def test_every_part_and_contender_is_there(whole):
     assert all(len(row["seconds"]) == 2 and row["parameters"] > 1000 and 0 < row["share_of_peak"] < 1 and row["first_step"] > 0 for row in result["training"]["rows"])
     assert ("Trainer, bf16" in here) == (pick_precision() == "bf16") == ("bf16" in result["training"]["peak"])
     assert [row["name"] for row in result["evaluation"]["rows"]] == ["seqgpt", "Trainer, defaults"]
-    assert [(row["precision"], row["sequences"]) for row in result["generation"]["rows"]] == [(p, n) for p in B.precisions() for n in (1, 8, 32)]
+    who = [f"{name}, {p}" for p in B.precisions() for name in ("Transformers", "seqgpt")] + ["seqgpt, ONNX, fp32", "seqgpt, ONNX, int8"]
+    assert [(row["name"], row["sequences"]) for row in result["generation"]["rows"]] == [(name, n) for n in (1, 8, 32) for name in who]
+    assert all((row["ratio"] == 1) == (row["name"] == who[0]) for row in result["generation"]["rows"])
     assert [(row["length"], row["sequences"], row["name"]) for row in result["lengths"]["rows"]] == [(64, 1, "seqgpt"), (64, 1, "Trainer, defaults")]
     assert [(row["sequences"], row["tokens"]) for row in result["data"]["rows"]] == [(1000, 66_000)]
     assert len(result["startup"]["rows"]) == 5
@@ -60,7 +62,7 @@ def test_what_is_not_installed_is_named(whole):
 def test_both_sides_compute_the_same(whole):
     ours, theirs = whole[0]["evaluation"]["rows"]
     assert math.isclose(ours["loss"], theirs["loss"], rel_tol=1e-5)
-    assert all(row["same_tokens"] == 1 for row in whole[0]["generation"]["rows"] if row["precision"] == "fp32")
+    assert all(row["same_tokens"] == 1 for row in whole[0]["generation"]["rows"] if row["name"].endswith("fp32"))
 
 
 def test_nothing_is_overwritten_and_mistakes_show_first(whole, tmp_path):

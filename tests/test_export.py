@@ -1,0 +1,223 @@
+"Exported models: the same logits and tokens as PyTorch, with the library, with the command, and without either."
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import refused, seqgpt
+from test_generation import EQUAL, TOKENIZER, UNEQUAL, WAYS, random_model
+
+from seqgpt import export as E
+from seqgpt.inference import Decoder, generate
+from seqgpt.tokenizer import InputError
+
+MODELS = {"plain": dict(n_layer=2, n_head=2, n_embd=16),
+          "odd": dict(n_layer=3, n_head=3, n_embd=15, n_inner=7, activation_function="relu", scale_attn_by_inverse_layer_idx=True, layer_norm_epsilon=0.1, tie_word_embeddings=False)} # heads of 5
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request, tmp_path_factory):
+    "A model with weights so large that each token depends on all before it, and its three files."
+    model, folder = random_model(max_length=270, **MODELS[request.param]), tmp_path_factory.mktemp(request.param)
+    model.config.save_pretrained(folder)
+    for name, cache in E.FORMS["clm"].items(): E.to_onnx(model, folder/f"{name}.onnx", cache)
+    return model, {name: E.OnnxModel(folder/f"{name}.onnx") for name in E.FORMS["clm"]}
+
+
+def test_same_logits_in_many_shapes(exported):
+    model, files = exported
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        n, length, past = int(rng.integers(1, 5)), int(rng.integers(1, 40)), int(rng.integers(0, 30))
+        ids, gaps = torch.from_numpy(rng.integers(2, len(TOKENIZER), (n, past + length))), torch.from_numpy(rng.integers(0, past + length, n))
+        for left in (True, False): # of each sequence, a part is padding
+            at = torch.arange(past + length)
+            mask = (at >= gaps[:, None] if left else at < past + length - gaps[:, None]).long()
+            places = (mask.cumsum(1) - 1).clamp(min=0)
+            with torch.inference_mode(): expected = model(ids, attention_mask=mask, position_ids=places).logits
+            for file in files.values(): assert torch.allclose(file(ids, mask, places).logits[mask > 0], expected[mask > 0], atol=1e-4)
+            past_keys = {k: np.zeros((n, heads, 0, size), np.float32) for k, (heads, size) in files["model"].kept.items()}
+            found = [] # the same in two parts, the first perhaps empty
+            for first, last in ((0, past), (past, past + length)):
+                logits, *kept = files["model"].session.run(None, {"input_ids": ids[:, first:last].numpy(), "attention_mask": mask[:, :last].numpy(), "position_ids": places[:, first:last].numpy(), **past_keys})
+                past_keys = dict(zip(past_keys, kept))
+                found.append(logits)
+            assert torch.allclose(torch.from_numpy(np.concatenate(found, 1))[mask > 0], expected[mask > 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_tokens_with_the_same_seed(exported, way):
+    model, files = exported
+    for prompts, n in ((EQUAL, 1), (UNEQUAL, 10)): # 40 samples are two batches, of 32 and 8
+        expected = generate(model, TOKENIZER, prompts, n, max_new_tokens=100, seed=3, **WAYS[way])
+        for name in ("model", "fast"): assert generate(files[name], TOKENIZER, prompts, n, max_new_tokens=100, seed=3, **WAYS[way]) == expected, name
+    assert generate(files["no_cache"], TOKENIZER, EQUAL, max_new_tokens=20, seed=3, **WAYS[way]) == generate(model, TOKENIZER, EQUAL, max_new_tokens=20, seed=3, **WAYS[way])
+
+
+def test_same_greedy_tokens_over_256_steps(exported):
+    model, files = exported
+    ids = {name: torch.tensor([[1, 4 + k] for k in range(4)]) for name in ("model", "fast", "PyTorch")}
+    decoders = {name: files[name].decoder(files[name]) if name in files else Decoder(model) for name in ids}
+    for taste in 5*torch.randn(256, len(TOKENIZER), generator=torch.Generator().manual_seed(0)): # alone, the largest logit of this model soon stays the same; on and on, also behind <eos>
+        for name, d in decoders.items(): ids[name] = torch.cat([ids[name], (d(ids[name]) + taste).argmax(1)[:, None]], 1)
+    assert torch.equal(ids["model"], ids["PyTorch"]) and torch.equal(ids["fast"], ids["PyTorch"])
+    assert len(ids["fast"].unique()) > 30 # nothing trivial
+
+
+def test_what_is_taken_back_is_forgotten(exported):
+    model, files = exported
+    ids = torch.randint(4, len(TOKENIZER), (1, 150), generator=torch.Generator().manual_seed(0))
+    for file in files.values():
+        decoder = file.decoder(file)
+        for n in (5, 6, 8, 120, 121, 20, 150):
+            if n == 20: ids[:, 10:] = ids[:, 10:].flip(1) # another ending
+            with torch.inference_mode(): expected = model(ids[:, :n]).logits[:, -1]
+            if n == 20: decoder(ids[:, :10])
+            assert torch.allclose(decoder(ids[:, :n]), expected, atol=1e-4)
+
+
+def test_files_are_what_they_say(exported):
+    _, files = exported
+    for name, file in files.items():
+        proto = onnx.load(file.file)
+        onnx.checker.check_model(proto, full_check=True)
+        assert {(o.domain, o.version) for o in proto.opset_import if not o.domain} == {("", E.OPSET)}
+        assert ({n.domain for n in proto.graph.node} == {""}) == (name != "fast") # standard operators alone
+        axes = {i.name: i.shape for i in file.session.get_inputs()}
+        assert axes["input_ids"] == ["batch", "new"] and all(isinstance(s, str) for s in (axes["attention_mask"] + [shape[2] for k, shape in axes.items() if "past" in k]))
+
+
+def test_keys_and_values_stay_where_they_are(exported):
+    file = exported[1]["fast"]
+    decoder = file.decoder(file)
+    ids = torch.full((3, 150), 5)
+    decoder(ids[:, :10])
+    places = [k.data_ptr() for k in decoder.kept]
+    decoder(ids[:, :100])
+    assert places == [k.data_ptr() for k in decoder.kept] # until they are full
+    decoder(ids)
+    assert places != [k.data_ptr() for k in decoder.kept]
+
+
+@pytest.fixture(scope="module")
+def written(trained, classifier, tmp_path_factory):
+    "Copies of a language model and a classifier with their exports."
+    folder = tmp_path_factory.mktemp("export")
+    shutil.copytree(trained, folder/"lm", ignore=shutil.ignore_patterns("checkpoints", "runs"))
+    shutil.copytree(classifier, folder/"judge", ignore=shutil.ignore_patterns("checkpoints", "runs"))
+    for cwd, path in (("lm", "outputs/best_model"), ("judge", "c/best_model")):
+        result = seqgpt("export", "--model_path", path, cwd=folder/cwd)
+        assert result.returncode == 0, result.stderr
+        (folder/f"{cwd}.txt").write_text(result.stdout)
+    return folder
+
+
+def test_export_says_what_it_measured(written):
+    for cwd, path, quality, files in (("lm", "outputs/best_model", "perplexity", ["model", "no_cache", "fast", "fast_fp16", "fast_int8"]), ("judge", "c/best_model", "accuracy", ["model", "model_fp16", "model_int8"])):
+        folder, said = written/cwd/path, (written/f"{cwd}.txt").read_text()
+        rows = json.loads((folder/"onnx/export.json").read_text())["files"]
+        assert [r["file"] for r in rows] == ["model.safetensors", *(f"{f}.onnx" for f in files)]
+        truth = json.loads((folder/"evaluation/metrics.json").read_text())[quality]
+        for row in rows[1:]:
+            assert row["bytes"] == (folder/"onnx"/row["file"]).stat().st_size and row["file"] in said
+            assert row["difference"] < (0.1 if "int8" in row["file"] else 1e-2 if "fp16" in row["file"] else 1e-4)
+            assert abs(row[quality] - truth) < (0.05 if "_" in row["file"][-10:] else 1e-4)
+        assert "opset" in (folder/"onnx/README.md").read_text().lower() and quality in said
+
+
+@pytest.mark.parametrize("options", ([], ["--temperature", 0], ["--top_k", 3, "--repetition_penalty", 1.2], ["--num_prompts", 4, "--num_samples", 3, "--top_p", 0.9]))
+def test_infer_gives_the_same_on_both_runtimes(written, options):
+    ask = lambda *how: seqgpt("infer", "--mode", "generate", "--seed", 5, *options, *how, cwd=written/"lm")
+    best = "outputs/best_model"
+    expected = ask("--model_path", best, "--runtime", "pytorch")
+    assert expected.returncode == 0 and len(expected.stdout.split()) > 2
+    assert ask("--model_path", best, "--runtime", "onnx").stdout == expected.stdout
+    if "--num_prompts" not in options: # the exported folder knows no training data
+        for path in (f"{best}/onnx", f"{best}/onnx/model.onnx"): assert ask("--model_path", path).stdout == expected.stdout
+    else: refused(ask("--model_path", f"{best}/onnx"), "--prompt_file")
+
+
+def test_interactive_and_classify_on_onnx(written):
+    for cwd, flags, typed in (("lm", ["--model_path", "outputs/best_model", "--seed", 1], "C4\n\n/back\n/sample\n"), ("judge", ["--model_path", "c/best_model", "--mode", "classify", "--num_prompts", 5], "")):
+        ours, theirs = (seqgpt("infer", *flags, "--runtime", r, cwd=written/cwd, input=typed) for r in ("onnx", "pytorch"))
+        assert ours.returncode == 0 and ours.stdout == theirs.stdout, ours.stderr
+
+
+def test_what_cannot_be_exported_or_opened(written, tmp_path):
+    lm = written/"lm"
+    refused(seqgpt("export", "--model_path", "nowhere", cwd=tmp_path), "nowhere: no config.json there")
+    refused(seqgpt("export", "--model_path", "outputs/best_model", "--out_dir", "outputs", cwd=lm), "outputs: is there already")
+    refused(seqgpt("export", "--model_path", "outputs/best_model", "--data_path", "nowhere.jsonl", "--out_dir", tmp_path/"x", cwd=lm), "nowhere.jsonl")
+    assert not (tmp_path/"x").exists()
+    plain = tmp_path/"plain"
+    shutil.copytree(lm/"outputs/best_model", plain, ignore=shutil.ignore_patterns("onnx"))
+    ask = lambda path, *how: seqgpt("infer", "--mode", "generate", "--model_path", path, *how, cwd=tmp_path)
+    refused(ask(plain, "--runtime", "onnx"), f"seqgpt export --model_path {plain}")
+    refused(ask(written/"judge/c/best_model", "--runtime", "onnx"), "holds a classifier")
+    folder = tmp_path/"onnx"
+    shutil.copytree(lm/"outputs/best_model/onnx", folder)
+    refused(ask(folder/"nothing.onnx"), "no nothing.onnx there")
+    whole = (folder/"fast.onnx").read_bytes()
+    for damaged in (b"", whole[:1000], b"x"*1000, whole[:-5000]):
+        (folder/"fast.onnx").write_bytes(damaged)
+        refused(ask(folder), "fast.onnx", "seqgpt export")
+    shutil.copy(written/"judge/c/best_model/onnx/model.onnx", folder/"fast.onnx")
+    refused(ask(folder), "was not made from the model in")
+    (folder/"fast.onnx").write_bytes(whole)
+    config = json.loads((folder/"config.json").read_text())
+    (folder/"config.json").write_text(json.dumps({**config, "n_layer": 2}))
+    refused(ask(folder), "was not made from the model in")
+
+
+@pytest.fixture
+def quick_export(written, monkeypatch):
+    "The files of the language model are copied instead of exported anew, which takes seconds."
+    there = {cache: written/f"lm/outputs/best_model/onnx/{name}.onnx" for name, cache in E.FORMS["clm"].items()}
+    monkeypatch.setattr(E, "to_onnx", lambda model, path, cache: shutil.copy(there[cache], path))
+
+
+def test_a_wrong_file_is_not_written(written, quick_export, monkeypatch):
+    model, folder = written/"lm/outputs/best_model", written/"lm/outputs/best_model/onnx"
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    monkeypatch.setattr(E, "difference", lambda *args: 0.1)
+    result = seqgpt("export", "--model_path", model, cwd=written/"lm")
+    assert result.returncode == 1 and "gives other numbers than PyTorch" in result.stderr
+    assert before == {p: p.read_bytes() for p in folder.iterdir()} and not [*model.glob(".*")]
+
+
+def test_without_the_data_of_the_training(written, quick_export, tmp_path):
+    shutil.copytree(written/"lm/outputs/best_model", tmp_path/"alone", ignore=shutil.ignore_patterns("onnx"))
+    result = seqgpt("export", "--model_path", "alone", cwd=tmp_path)
+    assert result.returncode == 0 and "without a measure of quality" in result.stdout + result.stderr and (tmp_path/"alone/onnx/fast.onnx").exists()
+
+
+def test_numbers_too_large_for_16_bits(tmp_path):
+    model = random_model(max_length=8, n_layer=1)
+    model.transformer.h[0].mlp.c_fc.weight.data[5, 3] = 1e5
+    E.to_onnx(model, tmp_path/"fast.onnx", "in place")
+    with pytest.raises(InputError, match="65504"): E.halve(tmp_path/"fast.onnx", tmp_path/"half.onnx")
+
+
+def test_the_script_gives_the_same_tokens(written):
+    folder = written/"lm/outputs/best_model/onnx"
+    expected = seqgpt("infer", "--mode", "generate", "--model_path", "outputs/best_model", "--prompt", "C4 D4", "--temperature", 0, cwd=written/"lm").stdout
+    script = lambda *args: subprocess.run([sys.executable, "-I", folder/"generate.py", *args], capture_output=True, text=True)
+    assert script("C4", "D4", "--temperature", "0").stdout.split() == expected.split()
+    assert script("--seed", "1").stdout == script("--seed", "1").stdout and len({script("--seed", str(k)).stdout for k in range(4)}) > 1
+    assert script("H7").returncode == 2 and "'H7' is not in vocab.json" in script("H7").stderr
+
+
+@pytest.mark.slow
+def test_the_folder_needs_onnxruntime_and_numpy_alone(written, tmp_path):
+    shutil.copytree(written/"lm/outputs/best_model/onnx", tmp_path/"onnx")
+    python = tmp_path/"venv/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path/"venv"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", f"onnxruntime=={onnxruntime.__version__}", f"numpy=={np.__version__}"], check=True)
+    assert subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 1
+    run = lambda p: subprocess.run([p, tmp_path/"onnx/generate.py", "C4", "--temperature", "0"], check=True, capture_output=True, text=True).stdout
+    assert run(python) == run(sys.executable) and run(python).startswith("C4 ")
