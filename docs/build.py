@@ -16,7 +16,10 @@ from nbconvert import MarkdownExporter
 from nbdev.serve import proc_nbs
 from sphinx.cmd.build import build_main
 
+from seqgpt.export import write_page
+
 ROOT = Path(__file__).parent.parent
+TRY = 'Try one: <a href="digits.html">begin a digit</a>, and a small model continues it in your browser.'
 STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
@@ -139,10 +142,11 @@ def build() -> int:
     for page in pages.rglob("*.ipynb"): prepare(page)
     glossary(pages/"glossary.ipynb")
     front = read_nb(pages/"index.ipynb")
-    write_nb(front | {"cells": [*front.cells, *(mk_cell(contents(*part), "markdown") for part in book.items() if part[1])]}, pages/"index.ipynb")
+    write_nb(front | {"cells": [*front.cells[:2], mk_cell(TRY, "markdown"), *front.cells[2:], *(mk_cell(contents(*part), "markdown") for part in book.items() if part[1])]}, pages/"index.ipynb")
     code = build_main(["-W", "--keep-going", "-q", "-j", "auto", "-c", str(ROOT/"docs"), "-d", str(pages/".build/doctrees"), str(pages), str(made)])
     if code: return code
     write_nb(front, pages/"index.ipynb")
+    write_page(ROOT/"docs/model/fast_int8.onnx", made/"digits.html")
     for_machines(pages, ["index.ipynb", *sum(book.values(), [])], made)
     shutil.rmtree(ROOT/"_docs", ignore_errors=True)
     made.rename(ROOT/"_docs")

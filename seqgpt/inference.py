@@ -159,7 +159,7 @@ def decoder_for(
     "What keeps keys and values for `model`; takes the arguments of `Decoder`."
     return getattr(model, "decoder", Decoder)
 
-# %% ../nbs/05_inference.ipynb #c287130e
+# %% ../nbs/05_inference.ipynb #2fe83814
 def chooser(
     tokenizer, # Of the model
     temperature: float = 1.0, # See `generate`
@@ -174,10 +174,14 @@ def chooser(
     if temperature and top_k: ways.append(TopKLogitsWarper(top_k))
     if temperature and top_p < 1: ways.append(TopPLogitsWarper(top_p))
     def choose(ids, logits):
-        scores = LogitsProcessorList(ways)(ids, logits.float())
-        p = scores.softmax(-1)
-        if not p.isfinite().all(): raise InputError("The scores of the symbols are not finite. Raise temperature, choose a repetition_penalty nearer to 1, or take another copy of the model.")
-        return torch.multinomial(p, 1)[:, 0] if temperature else scores.argmax(-1)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1) # for so few numbers others would only wait, the longer where another runtime has threads of its own
+        try:
+            scores = LogitsProcessorList(ways)(ids, logits.float())
+            p = scores.softmax(-1)
+            if not p.isfinite().all(): raise InputError("The scores of the symbols are not finite. Raise temperature, choose a repetition_penalty nearer to 1, or take another copy of the model.")
+            return torch.multinomial(p, 1)[:, 0] if temperature else scores.argmax(-1)
+        finally: torch.set_num_threads(threads)
     return choose
 
 def stream(

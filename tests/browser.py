@@ -20,7 +20,7 @@ def browser(**settings):
         page.wrong = []
         page.on("console", lambda m: page.wrong.append(f"{page.url}: {m.text}") if m.type == "error" else None)
         page.on("pageerror", lambda e: page.wrong.append(f"{page.url}: {e}"))
-        page.on("request", lambda r: page.wrong.append(f"{page.url} asks {r.url}") if not r.url.startswith(("http://127.0.0.1", "http://localhost", "ws://127.0.0.1", "data:", "blob:")) else None)
+        page.on("request", lambda r: page.wrong.append(f"{page.url} asks {r.url}") if not r.url.startswith(("http://127.0.0.1", "http://localhost", "ws://127.0.0.1", "data:", "blob:", "file:")) else None)
         page.on("requestfailed", lambda r: page.wrong.append(f"{page.url}: {r.url} failed") if r.failure != "net::ERR_ABORTED" else None) # by leaving the page
         try: yield page
         finally: running.close()

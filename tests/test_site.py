@@ -143,3 +143,20 @@ def test_search_and_copy_and_theme(pages, address):
         page.locator("a.right-next").click()
         assert page.url.endswith("01_data.html") and page.evaluate("document.documentElement.dataset.theme") == "dark"
         assert page.wrong == []
+
+
+def test_a_model_draws_on_the_site(pages, address):
+    with browser(viewport={"width": 360, "height": 800}, has_touch=True) as page:
+        page.goto(address)
+        page.get_by_role("link", name="begin a digit").click()
+        page.get_by_role("status").filter(has_text="Ready.").wait_for()
+        page.context.set_offline(True) # no server any more
+        page.get_by_role("button", name="Clear").tap()
+        box = page.get_by_label("Drawing of 16 by 16 pixels").bounding_box()
+        for y in (0.1, 0.2, 0.3, 0.4): page.touchscreen.tap(box["x"] + box["width"]/2, box["y"] + box["height"]*y)
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_role("button", name="Continue").tap()
+        page.get_by_role("status").filter(has_text="Done").wait_for()
+        given, drawn = (page.evaluate(f"document.getElementById('tokens').{child}.textContent").split() for child in ("firstChild", "lastChild"))
+        assert [s[:6] for s in given + drawn] == [f"r{r:02}c{c:02}" for r in range(16) for c in range(16)] # each pixel once, and the end after the last
+        assert len(given) == 128 and "r02c08g1" in given and "g1" in {s[6:] for s in drawn} and page.wrong == []

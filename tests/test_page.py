@@ -1,0 +1,226 @@
+"An exported model as one HTML file: what it draws is what PyTorch draws, and it asks nobody for anything."
+import gzip
+import json
+import re
+import shutil
+from base64 import b64encode
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from browser import browser
+from playwright.sync_api import expect
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from seqgpt.corpora import digit_vocab
+from seqgpt.export import to_onnx, write_page
+from seqgpt.inference import chooser, encode_prompt, generate, next_logits
+from seqgpt.tokenizer import InputError, make_tokenizer, save_tokenizer
+
+BREAKS = "</script><img/src/onerror=document.title='broken'>" # as a symbol
+MELODY = ["C4", "[START]", "D4", "<pad>", "音🎵", BREAKS, "{{data}}", "<!--", "</s>", "&lt;", '"\\u003c', "<unk>", *(f"N{k}" for k in range(120))] # special tokens at odd places
+PIXELS = [s for s in digit_vocab(8, 2) if s.startswith("r")]
+DIGITS = [PIXELS.pop(0) if s not in ("[START]", "<pad>", "</s>", "<unk>") else s.replace("[START]", "<bos>").replace("</s>", "<eos>") for s in MELODY]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    "One model with two vocabularies. It has learnt nothing, but is sure of itself, and says something else at every step."
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=len(MELODY), n_positions=80, n_layer=2, n_head=2, n_embd=24, initializer_range=0.6, activation_function="gelu_pytorch_tanh", tie_word_embeddings=False, bos_token_id=1, pad_token_id=3, eos_token_id=8)
+    model, made = GPT2LMHeadModel(config).eval(), {}
+    with torch.no_grad(): model.lm_head.weight[8] *= -1.5 # now some sequences end
+    for name, vocab in (("digits", DIGITS), ("melody, ü & more", MELODY)):
+        folder, tokenizer = tmp_path_factory.mktemp(name), make_tokenizer({s: i for i, s in enumerate(vocab)})
+        model.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
+        file = folder/"fast.onnx"
+        to_onnx(model, file, "in place") if not made else shutil.copy(made["digits"].file, file)
+        write_page(file, folder/"page.html")
+        made[name[:6]] = SimpleNamespace(model=model, tokenizer=tokenizer, file=file, page=folder/"page.html", vocab=vocab)
+    return made
+
+
+@pytest.fixture
+def digits(both): return both["digits"]
+
+
+@pytest.fixture
+def melody(both): return both["melody"]
+
+
+@contextmanager
+def opened(path, **settings):
+    "The page, from the disk, in a browser without a network; nothing may be asked for, nothing go wrong."
+    with browser(viewport={"width": 1280, "height": 900}, **settings) as page:
+        page.context.set_offline(True)
+        asked = []
+        page.on("request", lambda r: asked.append(r.url))
+        page.goto(path.as_uri())
+        yield page
+        assert [url for url in asked if not url.startswith(("blob:", "data:"))] == [path.as_uri()]
+        assert page.wrong == []
+
+
+def goes(page, button="Continue"):
+    "Presses a button and waits for the end of what it begins; gives the first continuation, without what was given."
+    page.get_by_role("button", name=button, exact=True).click()
+    expect(page.get_by_role("status")).to_contain_text("Done", timeout=20000)
+    return added(page)
+
+
+def added(page): return page.evaluate("document.getElementById('tokens').lastChild.textContent").split()
+def given(page): return page.evaluate("document.querySelector('#tokens mark')?.textContent ?? ''").split()
+def greedy(made, prompt, most=None): return (s := generate(made.model, made.tokenizer, [prompt], temperature=0, max_new_tokens=most)[0]).tokens[s.given:] + ([] if s.finished else ["…"])
+
+
+def test_a_drawn_digit_is_continued_as_pytorch_does(digits):
+    with opened(digits.page) as page:
+        canvas = page.get_by_label("Drawing of 8 by 8 pixels")
+        expect(page.get_by_role("status")).to_have_text("Ready.", timeout=20000)
+        page.get_by_role("button", name="Clear").click()
+        page.get_by_label("Rows given").fill("3")
+        box = canvas.bounding_box()
+        at = lambda column, row: (box["x"] + box["width"]*(column + .5)/8, box["y"] + box["height"]*(row + .5)/8)
+        page.mouse.move(*at(2, 0))
+        page.mouse.down()
+        page.mouse.move(*at(2, 3), steps=5) # a row lower than was given: that one is now given, too
+        page.mouse.up()
+        page.get_by_label("Temperature").fill("0")
+        tokens = goes(page)
+        prompt = given(page)
+        assert len(prompt) == 32 and prompt[0] == "r00c00g0" and [s[6:] for s in prompt[2::8]] == ["g1"]*4 and prompt[-1] == "r03c07g0"
+        assert tokens == greedy(digits, prompt) and len(set(tokens)) > 8
+        expect(page.get_by_role("radio")).to_have_count(1) # greedily there is only one way
+
+        page.get_by_label("Temperature").fill("1") # now by chance, in four ways; the same seed draws the same
+        first, second = goes(page), goes(page, "Others")
+        expect(page.get_by_role("radio")).to_have_count(4)
+        assert first != second != tokens and page.get_by_label("Seed").input_value() == "2"
+        page.get_by_label("Seed").fill("1")
+        assert goes(page) == first
+        page.get_by_label("Continuation 2").check()
+        assert added(page) != first
+        page.get_by_label("Top-k").fill("1") # the most probable one in each way
+        assert goes(page) == tokens
+        page.get_by_label("Continuation 4").check()
+        assert added(page) == tokens
+        page.get_by_label("Continuation 1").check()
+        page.get_by_label("Top-k").fill("0")
+        page.get_by_label("Top-p").fill("0.05")
+        assert goes(page) == tokens
+
+        page.get_by_label("Step").fill("4") # back to the fifth step
+        assert added(page) == [*tokens[:5], "…"]
+        expect(page.locator("caption")).to_have_text(f"Token 37, behind {tokens[3]}")
+
+
+def test_keyboard_alone(digits):
+    with opened(digits.page, color_scheme="dark", reduced_motion="reduce") as page:
+        expect(page.get_by_role("status")).to_have_text("Ready.", timeout=20000)
+        press = lambda *keys: [page.keyboard.press(k) for k in keys]
+        focused = lambda: page.evaluate("document.activeElement.id || document.activeElement.ariaLabel")
+        press("Tab")
+        assert focused() == "drawing"
+        press("Tab", "Home", "ArrowRight", "Tab", "Tab", "Tab", "Enter") # one row; clear
+        assert focused() == "clear"
+        press(*["Shift+Tab"]*4, "ArrowDown", "ArrowRight", "ArrowRight", " ", "ArrowLeft")
+        expect(page.locator("#place")).to_have_text("Row 2, column 2: blank")
+        press(*["Tab"]*5)
+        assert focused() == "go"
+        press("Enter")
+        expect(page.get_by_role("status")).to_contain_text("Done", timeout=20000)
+        prompt = given(page)
+        assert len(prompt) == 16 and [s for s in prompt if not s.endswith("g0")] == ["r01c02g1"]
+        press("Tab", "Tab", "ArrowDown")
+        assert focused() == "Continuation 2" and page.get_by_label("Continuation 2").is_checked()
+        press("Tab", "Home")
+        assert focused() == "step" and len(added(page)) == 2
+
+
+def test_any_sequence_and_hostile_symbols(melody):
+    with opened(melody.page) as page:
+        expect(page.get_by_role("status")).to_have_text("Ready.", timeout=20000)
+        field = page.get_by_role("combobox")
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("New tokens").fill("12")
+        for prompt in ("", "C4 D4", f"[START] {BREAKS} 音🎵 {{{{data}}}} <!-- &lt; \"\\u003c <unk>"):
+            field.fill(prompt)
+            assert goes(page) == greedy(melody, prompt, 12)
+            assert given(page) == prompt.replace("[START] ", "").split()
+        page.get_by_label("New tokens").fill("80")
+        whole = generate(melody.model, melody.tokenizer, [s for s in MELODY if s[0] == "N"], temperature=0)
+        for ends in (True, False): # by itself, and at the model's last position
+            sample = next(s for s in whole if s.finished == ends and len(s.tokens) > 9)
+            field.fill(sample.tokens[0])
+            assert goes(page) == sample.tokens[1:] + ["…"]*(not ends)
+            expect(page.get_by_role("status")).to_contain_text(f", {len(sample.tokens) - 1 + ends} tokens;") # the end is one
+        assert page.locator("img").count() == 0 and page.title() == "Continue a sequence"
+
+        field.fill("C4 H9")
+        expect(page.get_by_role("alert")).to_have_text("Symbol 2, H9, is not in the vocabulary.")
+        field.fill("C4 </s>")
+        expect(page.get_by_role("alert")).to_have_text("Symbol 2, </s>, cannot be continued: only [START] may stand there, at the beginning.")
+        field.fill(" ".join(["C4"]*79))
+        expect(page.get_by_role("status")).to_have_text("With [START] 80 tokens are given, but the model has 80 positions: there is no room to continue.")
+        field.fill(" ".join(["C4"]*78))
+        expect(page.get_by_role("status")).to_have_text("Ready.")
+        assert len(goes(page)) == 2 # a symbol, and that it goes on
+        field.fill("C4 D")
+        expect(page.get_by_role("alert")).to_have_count(0)
+        assert page.locator("#completions option").evaluate_all("all => all.map(o => o.value)") == ["C4 D4"]
+
+
+def test_bars_show_the_model_and_the_settings(melody):
+    with opened(melody.page) as page:
+        page.get_by_role("combobox").fill("C4 D4 C4")
+        scores = next_logits(melody.model, encode_prompt(melody.tokenizer, "C4 D4 C4"))
+        own = dict(zip(melody.vocab, scores.softmax(-1).tolist()))
+        percent = lambda x: "<0.1%" if 0 < x < 0.001 else f"{x:.1%}"
+        expect(page.locator("caption")).to_have_text("Token 4, behind C4", timeout=20000)
+        for temperature, top_k, top_p in ((1, 0, 1), (2, 0, 1), (2, 4, 1), (2, 0, 0.5), (1.5, 6, 0.9)):
+            for name, value in (("Temperature", temperature), ("Top-k", top_k), ("Top-p", top_p)): page.get_by_label(name).fill(str(value))
+            drawn = chances(melody, scores, temperature, top_k, top_p)
+            rows = page.locator("#bars tr").evaluate_all("rows => rows.map(r => [r.cells[0].title, r.cells[2].textContent, r.cells[2].title])")
+            assert rows == [[s, percent(own[s]), f"drawn: {percent(drawn[s])}"] for s in sorted(own, key=own.get, reverse=True)[:10]], (temperature, top_k, top_p)
+        page.locator("#bars button").first.press("Enter") # takes this one
+        best = max((s for s in own if s not in ("[START]", "<pad>", "</s>", "<unk>")), key=own.get)
+        expect(page.locator("caption")).to_have_text(f"Token 5, behind {best}")
+        assert page.get_by_role("combobox").input_value() == f"C4 D4 C4 {best} "
+        assert page.evaluate("document.activeElement == document.querySelector('#bars button')")
+
+
+def chances(made, scores, temperature, top_k, top_p):
+    "How probable each symbol is to be drawn, by Transformers."
+    found = {}
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch, "multinomial", lambda p, n: found.update(p=p) or p.argmax(-1, keepdim=True))
+        chooser(made.tokenizer, temperature, top_k, top_p)(torch.zeros(1, 1, dtype=torch.long), scores[None])
+    return dict(zip(made.vocab, found["p"][0].tolist()))
+
+
+def test_what_is_broken_is_said(melody, tmp_path):
+    page, text = tmp_path/"page.html", melody.page.read_text(encoding="utf-8")
+    other = re.sub(r'"model": "[^"]*"', lambda m: f'"model": "{b64encode(gzip.compress(b"nonsense")).decode()}"', text)
+    without = lambda name: text.replace("const WAYS", f"delete globalThis.{name}; const WAYS")
+    with browser() as shown: # what it writes on the console is not looked at: the runtime reports there, too
+        for content, says in ((other, "The model fast.onnx cannot be opened; make this page anew."), (text[:-10**6], "This file is incomplete or damaged. Copy or download it again."),
+                              (text.replace('"wasm": "H4sI', '"wasm": "H4sH'), "This file is incomplete or damaged."),
+                              (without("WebAssembly"), "This browser does not run WebAssembly"), (without("DecompressionStream"), "This browser is too old")):
+            page.write_text(content, encoding="utf-8")
+            shown.goto(page.as_uri())
+            expect(shown.get_by_role("status")).to_contain_text(says, timeout=20000)
+            assert shown.locator("main").is_hidden()
+
+
+def test_a_page_needs_a_model_and_room_for_it(melody, tmp_path):
+    with pytest.raises(InputError, match=r"none.onnx: no such file. Write it with `seqgpt export`."): write_page(tmp_path/"none.onnx", tmp_path/"page.html")
+    with open(melody.file.parent/"large.onnx", "wb") as f: f.truncate(2**28 + 2**20)
+    with pytest.raises(InputError, match="257 MiB are too much for one page, which holds 256"): write_page(f.name, tmp_path/"page.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_says_which_licence_it_holds(melody):
+    data = json.loads(re.search(r'id="data">(.*?)</script>', melody.page.read_text(encoding="utf-8"), re.S)[1])
+    assert "MIT" in data["licence"] and data["symbols"] == MELODY and "<" not in re.search(r'id="data">(.*?)</script>', melody.page.read_text(encoding="utf-8"), re.S)[1]
