@@ -10,6 +10,8 @@ ini = ConfigParser(delimiters=["="])
 ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 lines = lambda key: cfg[key].strip().splitlines()
+extras = {name: lines(f"{name}_requirements") for name in ("onnx", "docs", "bench")}
+extras["docs"] += extras["onnx"] # the pages of the library are made from its modules
 
 setup(
     version=re.search(r'__version__ = "(.+)"', (here/"seqgpt/__init__.py").read_text())[1],
@@ -17,6 +19,6 @@ setup(
     long_description=(here/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     keywords=cfg["keywords"].split(), classifiers=lines("classifiers"), python_requires=f">={cfg['min_python']}",
     packages=["seqgpt"], package_data={"seqgpt": ["*.yaml", "web/*"]}, include_package_data=False,
-    install_requires=lines("requirements"), extras_require={**(extras := {name: lines(f"{name}_requirements") for name in ("onnx", "docs", "bench")}), "dev": sum(extras.values(), []) + lines("dev_requirements")},
+    install_requires=lines("requirements"), extras_require=extras | {"dev": sum(extras.values(), []) + lines("dev_requirements")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["seqgpt=seqgpt._modidx:d"]},
 )

@@ -258,13 +258,18 @@ def halve(
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
 
-# %% ../nbs/08_export.ipynb #ca080e70
+# %% ../nbs/08_export.ipynb #e5a287a9
 def to_int8(
     source: str | Path, # From `to_onnx`
     path: str | Path, # File to write
 ):
     "Stores matrices and embeddings in 8 bits, and multiplies in 8 bits."
-    with quiet(): quantize_dynamic(source, path, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
+    proto = onnx.load(source)
+    tables = {t.name: t for t in proto.graph.initializer}
+    for node in [n for n in proto.graph.node if n.op_type == "Transpose" and n.input[0] in tables]: # the token table where it makes the logits: a matrix of its own, to be multiplied in 8 bits
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tables[node.input[0]]).T, node.output[0]))
+        proto.graph.node.remove(node)
+    with quiet(): quantize_dynamic(proto, path, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
     onnx.checker.check_model(onnx.load(path))
 
 # %% ../nbs/08_export.ipynb #2909cee9
@@ -339,7 +344,7 @@ def measure(
             rounds.append([{what: (time.perf_counter(), call(), time.perf_counter()) for what, call in speeds(model, tokenizer).items()} for model in models])
     for row, *times in zip(rows, *rounds): row["speed"] = {what: float(np.median([amount/(end - start) for start, amount, end in (t[what] for t in times)])) for what in times[0]}
 
-# %% ../nbs/08_export.ipynb #5d55278e
+# %% ../nbs/08_export.ipynb #d067c8dd
 class Exported(list):
     "A dictionary for each file, PyTorch's first; shows itself as a table."
     def __repr__(self):
@@ -394,7 +399,7 @@ def export_card(
 ) -> str: # Markdown
     "What a stranger who finds the folder needs to know."
     inputs = "`input_ids` (batch, new), `attention_mask` (batch, past + new; 0 where there is padding) and `position_ids` (batch, new), whole numbers of 64 bits"
-    if task == "clm": what = """`python generate.py SYMBOL SYMBOL ...` continues a sequence; it needs `numpy` and `onnxruntime` and nothing else, and shows in forty lines how.
+    if task == "clm": what = """`python generate.py SYMBOL SYMBOL ...` continues a sequence; it needs `numpy` and `onnxruntime` and nothing else, and shows in fifty lines how.
 `seqgpt infer --model_path FOLDER` does the same with all options.
 
 - `model.onnx`: standard operators, for any runtime. `past_key_values.N.key` and `.value` go in, of length 0 at first, `present.N.key` and `.value` come out, longer by the new tokens.
