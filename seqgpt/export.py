@@ -344,7 +344,7 @@ def measure(
             rounds.append([{what: (time.perf_counter(), call(), time.perf_counter()) for what, call in speeds(model, tokenizer).items()} for model in models])
     for row, *times in zip(rows, *rounds): row["speed"] = {what: float(np.median([amount/(end - start) for start, amount, end in (t[what] for t in times)])) for what in times[0]}
 
-# %% ../nbs/08_export.ipynb #d067c8dd
+# %% ../nbs/08_export.ipynb #5d55278e
 class Exported(list):
     "A dictionary for each file, PyTorch's first; shows itself as a table."
     def __repr__(self):
@@ -399,7 +399,7 @@ def export_card(
 ) -> str: # Markdown
     "What a stranger who finds the folder needs to know."
     inputs = "`input_ids` (batch, new), `attention_mask` (batch, past + new; 0 where there is padding) and `position_ids` (batch, new), whole numbers of 64 bits"
-    if task == "clm": what = """`python generate.py SYMBOL SYMBOL ...` continues a sequence; it needs `numpy` and `onnxruntime` and nothing else, and shows in fifty lines how.
+    if task == "clm": what = """`python generate.py SYMBOL SYMBOL ...` continues a sequence; it needs `numpy` and `onnxruntime` and nothing else, and shows in forty lines how.
 `seqgpt infer --model_path FOLDER` does the same with all options.
 
 - `model.onnx`: standard operators, for any runtime. `past_key_values.N.key` and `.value` go in, of length 0 at first, `present.N.key` and `.value` come out, longer by the new tokens.

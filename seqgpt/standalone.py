@@ -6,21 +6,17 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-here = Path(__file__).parent
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("symbols", nargs="*", help="the beginning; may be empty")
 parser.add_argument("--file", default="fast.onnx", help="also fast_fp16.onnx or fast_int8.onnx")
 parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most probable symbol")
 parser.add_argument("--top_p", type=float, default=1.0, help="choose among the most probable that add up to p")
-parser.add_argument("--max_new_tokens", type=int)
 parser.add_argument("--seed", type=int)
-args = parser.parse_args()
-
+args, here = parser.parse_args(), Path(__file__).parent
 vocab, config, special = (json.loads((here/f"{name}.json").read_text("utf-8")) for name in ("vocab", "config", "special_tokens_map"))
 if unknown := [s for s in args.symbols if s not in vocab]: parser.error(f"{unknown[0]!r} is not in vocab.json")
 pad, bos, eos, unk = (vocab[special[f"{role}_token"]] for role in ("pad", "bos", "eos", "unk"))
 symbol_of, rng, most = {i: s for s, i in vocab.items()}, np.random.default_rng(args.seed), config["n_positions"]
-
 session = onnxruntime.InferenceSession(here/args.file)
 binding = session.io_binding()
 for t in session.get_inputs():
@@ -28,11 +24,8 @@ for t in session.get_inputs():
         kept = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, t.shape[1], most, t.shape[3]), np.float32))
         binding.bind_ortvalue_input(t.name, kept)
         binding.bind_ortvalue_output(t.name.replace("past_key_values", "present"), kept)
-
 ids, done = [bos, *(vocab[s] for s in args.symbols)], 0
-end = min(most, len(ids) + (args.max_new_tokens or most))
-print(*args.symbols, end=" ")
-while len(ids) < end:
+while len(ids) < most and ids[-1] != eos:
     inputs = {"input_ids": ids[done:], "attention_mask": [1]*len(ids), "position_ids": range(done, len(ids))}
     for name, values in inputs.items(): binding.bind_cpu_input(name, np.array([values], np.int64))
     binding.bind_output("logits") # the last of the outputs
@@ -40,9 +33,8 @@ while len(ids) < end:
     done, score = len(ids), binding.get_outputs()[-1].numpy()[0, -1].astype(np.float64)
     score[[pad, bos, unk]] = -np.inf
     p = np.exp((score - score.max())/(args.temperature or 1))
+    p /= p.sum()
     order = np.argsort(-p)
-    order = order[:1] if args.temperature == 0 else order[p[order].cumsum() - p[order] < args.top_p*p.sum()]
-    if (chosen := int(rng.choice(order, p=p[order]/p[order].sum()))) == eos: break
-    ids.append(chosen)
-    print(symbol_of[chosen], end=" ", flush=True)
-print()
+    order = order[:1] if args.temperature == 0 else order[p[order].cumsum() - p[order] < args.top_p]
+    ids.append(int(rng.choice(order, p=p[order]/p[order].sum())))
+print(*(symbol_of[i] for i in ids[1:] if i != eos))
