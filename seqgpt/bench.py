@@ -707,14 +707,14 @@ def plot_lines(
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9")
 
-# %% ../nbs/11_bench.ipynb #996317c8
+# %% ../nbs/11_bench.ipynb #728b1ff8
 PARTS = ("training", "tricks", "evaluation", "generation", "lengths", "data", "startup", "quality")
 
 def plot_bench(
     result: dict, # From `bench`
 ):
     "Draws what was measured, a panel for each part; returns the figure."
-    rows = {part: result[part]["rows"] for part in PARTS if part in result}
+    rows = {part: [row for row in result[part]["rows"] if part != "generation" or "seqgpt" in row["name"]] for part in PARTS if part in result}
     heights = {part: 2.0 if part in ("lengths", "data") else 0.3*len(r) for part, r in rows.items()} # inches
     below = {part: 1.1 if part in ("lengths", "data") else 0.65 for part in heights} # title, labels of the axis, and a gap
     width, top = 6, sum(heights.values()) + sum(below.values())
@@ -738,7 +738,7 @@ def plot_bench(
                 plot_bars(wide("until it is good: seconds"), {f"{row['corpus']}, {row['name']}": dict.fromkeys(("low", "median", "high"), row["seconds"]) for row in r})
             elif part == "evaluation": plot_bars(wide("evaluation: tokens/s"), {row["name"]: row["tokens_per_second"] for row in r})
             elif part == "generation":
-                ax = panel("generation: times as fast as the first (tokens/s)", 2.2, width - 0.1, heights[part])
+                ax = panel("generation: times as fast as Transformers in fp32 (tokens/s)", 2.2, width - 0.1, heights[part])
                 plot_bars(ax, {f"{row['name']}, {row['sequences']} at once": dict.fromkeys(("low", "median", "high"), row["ratio"]) for row in r},
                           [f"{row['ratio']:.1f} × ({row['tokens_per_second']['median']:,.0f})" for row in r])
                 ax.set_xlim(0, 1.5*max(1, *column("ratio")))
