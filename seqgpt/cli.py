@@ -211,16 +211,16 @@ def evaluate(
     write_evaluation(evaluation, out, plot)
     print(f"Wrote {out}/metrics.json and evaluation.png.")
 
-# %% ../nbs/10_cli.ipynb #72532002
+# %% ../nbs/10_cli.ipynb #bfa1b6c1
 def open_model(
     path: str | Path, # Folder of a trained model or of an exported one, or an `.onnx` file in it
     task: str = "clm", # "clm" or "classification"
-    runtime: str | None = None, # "pytorch" or "onnx"; None: as the model is there
+    runtime: str = "auto", # "pytorch" or "onnx"; "auto": as the model is there
 ) -> tuple: # Model and tokenizer
     "A trained model, ready to be asked; raises `InputError` where there is none that fits."
     from seqgpt.tokenizer import load_tokenizer
     path = Path(path)
-    if runtime is None: runtime = "onnx" if path.suffix == ".onnx" or not (path/"model.safetensors").exists() and any(path.glob("*.onnx")) else "pytorch"
+    if runtime == "auto": runtime = "onnx" if path.suffix == ".onnx" or not (path/"model.safetensors").exists() and any(path.glob("*.onnx")) else "pytorch"
     if runtime == "onnx":
         from seqgpt.export import OnnxModel
         return (model := OnnxModel(path, task)), load_tokenizer(model.file.parent)
@@ -241,7 +241,7 @@ def read_sequences(
     dataset = read_corpus(path, tokenizer, cache_dir=cache_dir).dataset if path else training_split(model_path, tokenizer, cache_dir).validation
     return [unframed(ids, tokenizer) for ids in dataset[:most]["input_ids"]]
 
-# %% ../nbs/10_cli.ipynb #0786445f
+# %% ../nbs/10_cli.ipynb #2fbbf181
 def infer(
     model_path: str, # Folder of a trained model, such as outputs/best_model, or of an exported one
     mode: typing.Literal["interactive", "generate", "classify"] = "interactive", # interactive: see the distribution of the next token and choose; generate: continue by itself; classify: ask a classifier which label
@@ -258,7 +258,7 @@ def infer(
     seed: int | None = None, # Same seed, same samples
     top: int = 10, # Interactive: how many symbols to show; classify: how many labels
     out_dir: str | None = None, # Also write samples.jsonl there (generate), and samples.png for digits; predictions.jsonl (classify)
-    runtime: typing.Literal["pytorch", "onnx"] | None = None, # onnx: what seqgpt export wrote into `onnx` in the folder of the model; default: pytorch, unless model_path is an exported folder or a file in it
+    runtime: typing.Literal["auto", "pytorch", "onnx"] = "auto", # onnx: what seqgpt export wrote into `onnx` in the folder of the model; auto: pytorch, unless model_path is an exported folder or a file in it
     cache_dir: str | None = None, # Where encoded data is kept; default: beside the cache of Hugging Face datasets
 ):
     "Asks a trained model what comes next, or a classifier which label."
@@ -348,19 +348,21 @@ def interact(
             except InputError as e: print(e)
             else: symbols += typed.split()
 
-# %% ../nbs/10_cli.ipynb #28d966c0
+# %% ../nbs/10_cli.ipynb #2d91518e
 def export(
     model_path: str, # Folder of a trained model, such as outputs/best_model
-    out_dir: str | None = None, # Folder to write; default: `onnx` in the folder of the model, written anew
+    out_dir: str | None = None, # Folder to write; default: `onnx` in the folder of the model, where an earlier export is written anew
     data_path: str | None = None, # Sequences to measure the quality on; default: the validation set of the training
     cache_dir: str | None = None, # Where encoded data is kept; default: beside the cache of Hugging Face datasets
 ):
     "Writes a trained model as ONNX, in 32, 16 and 8 bits, with what is needed to use it without PyTorch; and measures each file beside PyTorch."
     from seqgpt.export import export_folder
-    from seqgpt.tokenizer import InputError
-    out = Path(out_dir or Path(model_path)/"onnx")
-    if out.is_symlink() and not out_dir: raise InputError(f"{out}: is a link, and could lead anywhere. Choose an --out_dir.")
-    if out_dir and out.exists() and (not out.is_dir() or any(out.iterdir())): raise InputError(f"{out}: is there already. Choose another --out_dir, or move it away.")
+    from seqgpt.tokenizer import InputError, read_json
+    out = Path(model_path)/"onnx" if out_dir is None else Path(out_dir)
+    if out.is_symlink(): raise InputError(f"{out}: is a link, and could lead anywhere. Choose another --out_dir.")
+    there = {*os.listdir(out)} if out.is_dir() else {out.name} if out.exists() else set()
+    if out_dir is None and (out/"export.json").is_file(): there -= {*read_json(out/"export.json").get("written", [])} # an earlier export, and nothing else
+    if there: raise InputError(f"{out}: is there already, and holds {min(there)!r}. Choose another --out_dir, or move it away.")
     print(export_folder(model_path, out, data_path, cache_dir))
     print(f"Wrote {out}; README.md there says what each file is for.")
 

@@ -95,7 +95,7 @@ class Exportable(torch.nn.Module):
         logits = self.model(input_ids, position_ids=position_ids, use_cache=False, past=past, present=present, bias=bias).logits
         return logits if past is None else (logits, *present)
 
-# %% ../nbs/08_export.ipynb #bb352691
+# %% ../nbs/08_export.ipynb #e69766f0
 OPSET = 20
 
 def cache_names(
@@ -122,7 +122,7 @@ def to_onnx(
         program = torch.onnx.export(Exportable(model, attention).eval(), tuple(examples), dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=tuple(axes),
                                     input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)], output_names=["logits", *(f"present.{n}" for n in names)])
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, {"cache": cache, "seqgpt": seqgpt.__version__})
+    onnx.helper.set_model_props(proto, {"cache": cache, "positions": str(c.n_positions), "seqgpt": seqgpt.__version__})
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
 
@@ -160,7 +160,7 @@ def in_place_attention(
 
 AttentionInterface.register("onnx_in_place", in_place_attention)
 
-# %% ../nbs/08_export.ipynb #7ff55c75
+# %% ../nbs/08_export.ipynb #84d06b52
 DTYPES = {torch.int64: np.int64, torch.float32: np.float32}
 
 class OnnxDecoder(Decoder):
@@ -202,11 +202,12 @@ class OnnxDecoder(Decoder):
 def onnx_file(
     path: str | Path, # A file written by `export_folder`, or a folder where there is one, perhaps in `onnx`
 ) -> Path:
-    "The file to open, the fastest first; raises `InputError` where there is none."
-    path = Path(path)
+    "The file to open, of several the one with its cache in place; raises `InputError` where there is none."
+    path, remedy = Path(path), "Give the folder of a trained model, such as outputs/best_model."
     if path.suffix == ".onnx": return path
+    if not path.is_dir(): raise InputError(f"{path}: no such folder. {remedy}")
     found = [p for folder in (path, path/"onnx") for name in ("fast.onnx", "model.onnx") if (p := folder/name).is_file()]
-    if not found: raise InputError(f"{path}: no fast.onnx or model.onnx there. Write them with: seqgpt export --model_path {path}")
+    if not found: raise InputError(f"{path}: no fast.onnx or model.onnx there. {f'Write them with: seqgpt export --model_path {path}' if (path/'model.safetensors').exists() else remedy}")
     return found[0]
 
 class OnnxModel:
@@ -222,12 +223,13 @@ class OnnxModel:
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
         try: self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         except Exception as e: raise InputError(f"{file}: cannot be opened ({' '.join(str(e).split())[:200]}). Write it anew with seqgpt export.") from e
-        inputs, self.cache = {t.name: t.shape for t in self.session.get_inputs()}, self.session.get_modelmeta().custom_metadata_map.get("cache", "none")
+        inputs, props = {t.name: t.shape for t in self.session.get_inputs()}, self.session.get_modelmeta().custom_metadata_map
+        self.cache = props.get("cache", "none")
         self.kept = {name: (shape[1], shape[3]) for name, shape in inputs.items() if name.startswith("past_key_values.") and len(shape) == 4} # heads and size of each part of the cache
         names, c = cache_names(self.config.n_layer) if self.cache != "none" else [], self.config
         wanted = dict.fromkeys((f"past_key_values.{n}" for n in names), (c.n_head, head_size(c, self.cache)))
         width = next((t.shape[-1] for t in self.session.get_outputs() if t.name == "logits" and t.shape), None)
-        if self.kept != wanted or inputs.keys() != {"input_ids", "attention_mask", "position_ids", *wanted} or width != (c.vocab_size if task == "clm" else c.num_labels):
+        if self.kept != wanted or inputs.keys() != {"input_ids", "attention_mask", "position_ids", *wanted} or width != (c.vocab_size if task == "clm" else c.num_labels) or props.get("positions") != str(c.n_positions):
             raise InputError(f"{file}: was not made from the model in {file.parent}/config.json. Write it anew with seqgpt export.")
 
     def __call__(self,
@@ -241,15 +243,14 @@ class OnnxModel:
         feeds |= {name: torch.zeros(len(input_ids), heads, 0, size) for name, (heads, size) in self.kept.items()}
         return SimpleNamespace(logits=torch.from_numpy(self.session.run(["logits"], {name: t.numpy() for name, t in feeds.items()})[0]))
 
-# %% ../nbs/08_export.ipynb #152a74c0
+# %% ../nbs/08_export.ipynb #a84bdbfc
 def halve(
     source: str | Path, # From `to_onnx`
     path: str | Path, # File to write
 ):
-    "Stores tables of numbers in 16 bits; raises `InputError` where one is too large for that."
+    "Stores matrices in 16 bits; raises `InputError` where a number is too large for that."
     proto = onnx.load(source)
-    large = [t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims) > 1000] # the small ones are not worth a cast
-    for t in large:
+    for t in [t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]: # the rest is not worth a cast
         with np.errstate(over="ignore"): half = onnx.numpy_helper.to_array(t).astype(np.float16)
         if not np.isfinite(half).all(): raise InputError(f"{source}: {t.name} holds numbers above 65504, the largest in 16 bits.")
         proto.graph.initializer.remove(t)
@@ -346,16 +347,16 @@ def measure(
             rounds.append([{what: (time.perf_counter(), call(), time.perf_counter()) for what, call in speeds(model, tokenizer).items()} for model in models])
     for row, *times in zip(rows, *rounds): row["speed"] = {what: float(np.median([amount/(end - start) for start, amount, end in (t[what] for t in times)])) for what in times[0]}
 
-# %% ../nbs/08_export.ipynb #451c06fa
+# %% ../nbs/08_export.ipynb #8e6e8471
 class Exported(list):
     "A dictionary for each file, PyTorch's first; shows itself as a table."
     def __repr__(self):
         "As Markdown, set so that it can be read as it is."
-        quality = "perplexity" if "perplexity" in self[0] else "accuracy"
+        quality = [q for q in ("perplexity", "accuracy") if q in self[0]]
         number = lambda v, form: "" if v is None else format(v, form)
         speeds = list(self[0]["speed"])
-        rows = [["file", "MB", "difference", quality, *speeds], ["---", *["--:"]*(3 + len(speeds))]]
-        rows += [[r["file"], number(r["bytes"]/1e6, ".2f"), number(r.get("difference"), ".1e"), number(r.get(quality), ".4f"), *(number(r["speed"].get(what), ",.0f") for what in speeds)] for r in self]
+        rows = [["file", "MB", "difference", *quality, *speeds], ["---", *["--:"]*(2 + len(quality) + len(speeds))]]
+        rows += [[r["file"], number(r["bytes"]/1e6, ".2f"), number(r.get("difference"), ".1e"), *(number(r[q], ".4f") for q in quality), *(number(r["speed"].get(what), ",.0f") for what in speeds)] for r in self]
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join("| " + " | ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths))) + " |" for row in rows)
     _repr_markdown_ = __repr__
@@ -390,33 +391,36 @@ def export_folder(
             row |= {"cache": m.cache, "difference": difference(model, m)}
             if name in FORMS[task] and row["difference"] > 1e-4: raise RuntimeError(f"{row['file']} gives other numbers than PyTorch: {row['difference']:.1e} of the largest logit. Nothing was written. Please report this, with the versions of torch, onnxscript and onnxruntime.")
         measure(rows, list(opened.values()), tokenizer, data, number)
-        (part/"export.json").write_text(json.dumps({"opset": OPSET, "files": rows}, indent=1) + "\n")
-        (part/"README.md").write_text(export_card(rows, model, task), encoding="utf-8")
+        (part/"README.md").write_text(export_card(rows, model, tokenizer, task), encoding="utf-8")
+        (part/"export.json").write_text(json.dumps({"opset": OPSET, "files": rows, "written": [*sorted(p.name for p in part.iterdir()), "export.json"]}, indent=1) + "\n")
     return rows
 
 def export_card(
     rows: Exported, # From `export_folder`
     model, # Of PyTorch
+    tokenizer, # Its tokenizer
     task: str, # "clm" or "classification"
 ) -> str: # Markdown
     "What a stranger who finds the folder needs to know."
-    inputs = "`input_ids` (batch, new), `attention_mask` (batch, past + new; 0 where there is padding) and `position_ids` (batch, new), whole numbers of 64 bits"
-    if task == "clm": what = """`python generate.py SYMBOL SYMBOL ...` continues a sequence; it needs `numpy` and `onnxruntime` and nothing else, and shows in forty lines how.
-`seqgpt infer --model_path FOLDER` does the same with all options.
+    c, clm = model.config, task == "clm"
+    pad, bos, eos, unk = (f"`{getattr(tokenizer, f'{role}_token')}` ({getattr(tokenizer, f'{role}_token_id')})" for role in ("pad", "bos", "eos", "unk"))
+    if clm: what = f"""`python generate.py SYMBOL SYMBOL ...` continues a sequence; it needs `numpy` and `onnxruntime` and nothing else, and shows in forty lines how.
+`seqgpt infer --model_path FOLDER` does the same with all options. A sequence begins with {bos}; {eos} ends it; {pad}, {bos} and {unk} are never to be drawn, whatever their logits.
 
-- `model.onnx`: standard operators, for any runtime. `past_key_values.N.key` and `.value` go in, of length 0 at first, `present.N.key` and `.value` come out, longer by the new tokens.
-- `fast.onnx`: for ONNX Runtime. Where the same memory is bound as past and as present, keys and values stay in place. Of several sequences, several new tokens at once are taken only at the beginning. `fast_fp16.onnx` stores its weights in 16 bits, `fast_int8.onnx` stores and multiplies them in 8.
-- `no_cache.onnx`: standard operators, whole sequences, nothing kept; to score sequences.
-- `page.html`: the model in 8 bits as a page for a browser, which needs nothing else."""
-    else: what = """A row of `logits` holds the scores of the classes, whose names are in `config.json`; sequences stand between the first and the last special token, as in training.
-`seqgpt infer --mode classify --model_path FOLDER` asks the model. `model_fp16.onnx` stores its weights in 16 bits, `model_int8.onnx` stores and multiplies them in 8."""
-    return f"""# {model.config.n_layer} layers, {model.config.n_head} heads, {model.config.n_embd} dimensions, as ONNX
+- `model.onnx`: standard operators, for any runtime. `past_key_values.N.key` and `.value` go in for each layer N, numbers of 32 bits (batch, {c.n_head}, past, {head_size(c, "passed")}), with a past of 0 at first; `present.N.key` and `.value` come out, longer by the new tokens, and are the next past.
+- `fast.onnx`: for ONNX Runtime, whose operator `com.microsoft.GroupQueryAttention` it has. A past is (batch, {c.n_head}, past, {head_size(c, "in place")}). Bind the same memory, with room for as many tokens as there may be, as past and as present, and keys and values stay in place: then `attention_mask` alone says how many tokens there are. Of several sequences, several new tokens at once are taken only at the beginning. `fast_fp16.onnx` stores its matrices in 16 bits, `fast_int8.onnx` stores and multiplies them in 8.
+- `no_cache.onnx`: standard operators, whole sequences, nothing kept; to score sequences. Past is 0.
+- `page.html`: the model in 8 bits as a page for a browser, which needs nothing else (not for very large models)."""
+    else: what = f"""A sequence goes in as a whole, from {bos} to {eos}; shorter ones of a batch are filled up with {pad} and no other id. A row of `logits` holds the scores of the classes, whose names are in `config.json`.
+`seqgpt infer --mode classify --model_path FOLDER` asks the model. `model_fp16.onnx` stores its matrices in 16 bits, `model_int8.onnx` stores and multiplies them in 8."""
+    return f"""# {c.n_layer} layers, {c.n_head} heads, {c.n_embd} dimensions, as ONNX
 
-Opset {OPSET}. Inputs are {inputs}; the output is `logits`. Symbols and their ids are in `vocab.json`.
+Opset {OPSET}. Inputs are whole numbers of 64 bits: `input_ids` (batch, new), the new tokens; `attention_mask` (batch, {"past + new" if clm else "new"}), 0 where there is padding, otherwise 1;
+`position_ids` (batch, new), counted from 0 at the first token that is not padding, below {c.n_positions}. The output is `logits` ({"batch, new, " + str(c.vocab_size) if clm else f"batch, {c.num_labels}"}). Symbols and their ids are in `vocab.json`.
 
 {what}
 
 {rows}
 
-The difference is that to PyTorch, of the largest logit where that is above 1. Measured on the machine that wrote the folder.
+The difference is that to PyTorch, of the largest logit where that is above 1. Speeds are of this machine while the folder was written, and mean little where others used it too.
 """

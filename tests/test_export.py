@@ -127,7 +127,8 @@ def test_export_says_what_it_measured(written):
             assert row["bytes"] == (folder/"onnx"/row["file"]).stat().st_size and row["file"] in said
             assert row["difference"] < (0.1 if "int8" in row["file"] else 1e-2 if "fp16" in row["file"] else 1e-4)
             assert abs(row[quality] - truth) < (0.05 if "_" in row["file"][-10:] else 1e-4)
-        assert "opset" in (folder/"onnx/README.md").read_text().lower() and quality in said
+        card = (folder/"onnx/README.md").read_text()
+        assert f"Opset {E.OPSET}" in card and "`<bos>` (1)" in card and quality in said
 
 
 @pytest.mark.parametrize("options", ([], ["--temperature", 0], ["--top_k", 3, "--repetition_penalty", 1.2], ["--num_prompts", 4, "--num_samples", 3, "--top_p", 0.9]))
@@ -170,8 +171,16 @@ def test_what_cannot_be_exported_or_opened(written, tmp_path):
     refused(ask(folder), "was not made from the model in")
     (folder/"fast.onnx").write_bytes(whole)
     config = json.loads((folder/"config.json").read_text())
-    (folder/"config.json").write_text(json.dumps({**config, "n_layer": 2}))
-    refused(ask(folder), "was not made from the model in")
+    for wrong in ({"n_layer": 2}, {"n_positions": 100}):
+        (folder/"config.json").write_text(json.dumps({**config, **wrong}))
+        refused(ask(folder), "was not made from the model in")
+    refused(ask(tmp_path/"nowhere", "--runtime", "onnx"), "nowhere: no such folder")
+    (tmp_path/"link").symlink_to(tmp_path)
+    refused(seqgpt("export", "--model_path", plain, "--out_dir", tmp_path/"link", cwd=tmp_path), "is a link")
+    (plain/"onnx").mkdir()
+    (plain/"onnx/notes.txt").write_text("mine")
+    refused(seqgpt("export", "--model_path", plain, cwd=tmp_path), "is there already, and holds 'notes.txt'")
+    assert (plain/"onnx/notes.txt").read_text() == "mine"
 
 
 @pytest.fixture
@@ -194,6 +203,8 @@ def test_without_the_data_of_the_training(written, quick_export, tmp_path):
     shutil.copytree(written/"lm/outputs/best_model", tmp_path/"alone", ignore=shutil.ignore_patterns("onnx"))
     result = seqgpt("export", "--model_path", "alone", cwd=tmp_path)
     assert result.returncode == 0 and "without a measure of quality" in result.stdout + result.stderr and (tmp_path/"alone/onnx/fast.onnx").exists()
+    assert "accuracy" not in result.stdout and "perplexity" not in result.stdout
+    assert seqgpt("export", "--model_path", "alone", cwd=tmp_path).returncode == 0 # an earlier export is written anew
 
 
 def test_numbers_too_large_for_16_bits(tmp_path):
@@ -210,6 +221,7 @@ def test_the_script_gives_the_same_tokens(written):
     assert script("C4", "D4", "--temperature", "0").stdout.split() == expected.split()
     assert script("--seed", "1").stdout == script("--seed", "1").stdout and len({script("--seed", str(k)).stdout for k in range(4)}) > 1
     assert script("H7").returncode == 2 and "'H7' is not in vocab.json" in script("H7").stderr
+    for wrong in (["<eos>"], ["C4"]*15, ["--file", "model.onnx"], ["--top_p", "0"], ["--temperature", "nan"], ["--seed", "-1"]): assert script(*wrong).returncode == 2 and "Traceback" not in script(*wrong).stderr
 
 
 @pytest.mark.slow
