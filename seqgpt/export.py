@@ -72,7 +72,7 @@ def standard_attention(
 
 AttentionInterface.register("onnx_standard", standard_attention)
 
-# %% ../nbs/08_export.ipynb #fa49c3d9
+# %% ../nbs/08_export.ipynb #173e1a34
 class Exportable(torch.nn.Module):
     "A GPT-2 as a function: tensors in, tensors out."
     def __init__(self,
@@ -80,8 +80,9 @@ class Exportable(torch.nn.Module):
         attention: str = "onnx_standard", # Name of an attention function
     ):
         super().__init__()
-        self.model = copy.deepcopy(model).eval()
+        self.model = copy.deepcopy(model)
         self.model.set_attn_implementation(attention)
+        self.eval()
 
     def forward(self,
         input_ids: torch.Tensor, # (batch, new)
@@ -95,7 +96,7 @@ class Exportable(torch.nn.Module):
         logits = self.model(input_ids, position_ids=position_ids, use_cache=False, past=past, present=present, bias=bias).logits
         return logits if past is None else (logits, *present)
 
-# %% ../nbs/08_export.ipynb #e69766f0
+# %% ../nbs/08_export.ipynb #0e518b4d
 OPSET = 20
 
 def cache_names(
@@ -119,7 +120,7 @@ def to_onnx(
         examples.append([torch.zeros(batch, c.n_head, past, head_size(c, cache)) for _ in names])
         axes.append([{0: "batch", 2: "past"} for _ in names])
     with quiet(), torch.inference_mode():
-        program = torch.onnx.export(Exportable(model, attention).eval(), tuple(examples), dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=tuple(axes),
+        program = torch.onnx.export(Exportable(model, attention), tuple(examples), dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=tuple(axes),
                                     input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)], output_names=["logits", *(f"present.{n}" for n in names)])
     proto = program.model_proto
     onnx.helper.set_model_props(proto, {"cache": cache, "positions": str(c.n_positions), "seqgpt": seqgpt.__version__})
@@ -294,7 +295,7 @@ def write_page(
     page = (SHIPPED/"page.html").read_text(encoding="utf-8").replace("{{data}}", json.dumps(data).replace("<", "\\u003c")) # a symbol may be </script>
     with written_whole(out) as part: part.write_text(page, encoding="utf-8")
 
-# %% ../nbs/08_export.ipynb #d1e08614
+# %% ../nbs/08_export.ipynb #08a63e88
 FORMS = {"clm": {"model": "passed", "no_cache": "none", "fast": "in place"}, "classification": {"model": "none"}} # name of the file: its cache
 
 def difference(
@@ -318,16 +319,14 @@ def difference(
 def speeds(
     model, # Of PyTorch, or an `OnnxModel`
     tokenizer, # Its tokenizer
-) -> dict: # What is counted to a function that does something and gives how much of it
+) -> dict: # What is counted: a function that does it, and how much it does
     "What can be timed: a language model draws sequences of up to 65 tokens, one or 32 at once; a classifier classifies 32 of 64."
     n, bos = min(65, model.config.n_positions), tokenizer.bos_token_id
     def draw(sequences):
         choose, decoder, ids = chooser(tokenizer), decoder_for(model)(model), torch.full((sequences, 1), bos)
         for _ in range(n - 1): ids = torch.cat([ids, choose(ids, decoder(ids))[:, None]], 1) # on and on, also behind <eos>
-        return sequences*(n - 1)
-    def classify(): return len(predict(model, tokenizer, [[bos]*(n - 1)]*32))
-    if model.config.architectures == ["GPT2ForSequenceClassification"]: return {"sequences/s": classify}
-    return {"tokens/s, 1 sequence": partial(draw, 1), "tokens/s, 32 sequences": partial(draw, 32)} if getattr(model, "cache", "") != "none" else {}
+    if model.config.architectures == ["GPT2ForSequenceClassification"]: return {"sequences/s": (partial(predict, model, tokenizer, [[bos]*(n - 1)]*32), 32)}
+    return {"tokens/s, 1 sequence": (partial(draw, 1), n - 1), "tokens/s, 32 sequences": (partial(draw, 32), 32*(n - 1))} if getattr(model, "cache", "") != "none" else {}
 
 def measure(
     rows: list[dict], # One for each model; what is found is added
@@ -340,14 +339,17 @@ def measure(
     for row, model in zip(rows, tqdm(models, desc="Measuring", unit="file", leave=False) if data else []):
         if number is None: row["perplexity"] = rates(evaluate(model, tokenizer, data, num_samples=0).scores.total)["perplexity"]
         else: row["accuracy"] = float(np.mean(predict(model, tokenizer, data["input_ids"]).argmax(1) == [number[label] for label in data["label"]]))
+    found = [{what: [] for what in speeds(model, tokenizer)} for model in models]
     with torch.random.fork_rng():
-        rounds = []
         for _ in tqdm(range(3), desc="Timing", unit="round", leave=False):
-            torch.manual_seed(0)
-            rounds.append([{what: (time.perf_counter(), call(), time.perf_counter()) for what, call in speeds(model, tokenizer).items()} for model in models])
-    for row, *times in zip(rows, *rounds): row["speed"] = {what: float(np.median([amount/(end - start) for start, amount, end in (t[what] for t in times)])) for what in times[0]}
+            for model, rates_of in zip(models, found):
+                for what, (call, amount) in speeds(model, tokenizer).items():
+                    start = time.perf_counter()
+                    call()
+                    rates_of[what].append(amount/(time.perf_counter() - start))
+    for row, rates_of in zip(rows, found): row["speed"] = {what: float(np.median(r)) for what, r in rates_of.items()}
 
-# %% ../nbs/08_export.ipynb #8e6e8471
+# %% ../nbs/08_export.ipynb #18729428
 class Exported(list):
     "A dictionary for each file, PyTorch's first; shows itself as a table."
     def __repr__(self):
@@ -380,8 +382,9 @@ def export_folder(
         save_tokenizer(tokenizer, part)
         for config in (model.config, getattr(model, "generation_config", None)): config and config.save_pretrained(part) # a classifier has none for generation
         for name, cache in tqdm(FORMS[task].items(), desc="Exporting", unit="file", leave=False): to_onnx(model, part/f"{name}.onnx", cache)
-        for bits, shrink in {"fp16": halve, "int8": to_int8}.items(): shrink(part/f"{name}.onnx", part/f"{name}_{bits}.onnx") # of the last, the fastest
-        names = [*FORMS[task], *(f"{name}_{bits}" for bits in ("fp16", "int8"))]
+        last = [*FORMS[task]][-1] # with its cache in place, where there is one
+        for bits, shrink in {"fp16": halve, "int8": to_int8}.items(): shrink(part/f"{last}.onnx", part/f"{last}_{bits}.onnx")
+        names = [*FORMS[task], *(f"{last}_{bits}" for bits in ("fp16", "int8"))]
         if task == "clm":
             shutil.copy(SHIPPED/"generate.py", part)
             if (part/"fast_int8.onnx").stat().st_size <= LARGEST_PAGE: write_page(part/"fast_int8.onnx", part/"page.html")

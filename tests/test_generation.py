@@ -5,7 +5,7 @@ from transformers import GenerationConfig
 
 from seqgpt.inference import Decoder, chooser, encode_prompt, generate, stream
 from seqgpt.model import make_config, new_model
-from seqgpt.tokenizer import make_tokenizer
+from seqgpt.tokenizer import InputError, make_tokenizer
 
 VOCAB = {s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *(f"{note}{octave}" for octave in range(1, 9) for note in "CDEFG")])}
 TOKENIZER = make_tokenizer(VOCAB)
@@ -112,3 +112,13 @@ def test_sequences_that_have_ended_get_padding():
     ends = [row.index(2) for row in rows] # each has ended, and not all at once
     assert len(set(ends)) > 1 and max(ends) == len(rows[0]) - 1
     for row, end in zip(rows, ends): assert not any(row[end + 1:])
+
+
+def test_choosing_gives_the_threads_back():
+    before, choose = torch.get_num_threads(), chooser(TOKENIZER)
+    torch.set_num_threads(before + 1)
+    try:
+        choose(torch.tensor([[1]]), torch.zeros(1, len(TOKENIZER)))
+        with pytest.raises(InputError): choose(torch.tensor([[1]]), torch.full((1, len(TOKENIZER)), torch.nan))
+        assert torch.get_num_threads() == before + 1
+    finally: torch.set_num_threads(before)
