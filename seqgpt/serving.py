@@ -690,7 +690,7 @@ def vocabulary(self: Service) -> dict:
     classes = [*self.models["classification"][0].config.label2id] if "classification" in self.models else None
     return {"model": name, "symbols": tokenizer.convert_ids_to_tokens(range(len(tokenizer))), **special, "positions": model.config.n_positions, "digits": digits_shape(tokenizer.get_vocab()), "classes": classes, "most_sequences": self.engine.most_waiting}
 
-# %% ../nbs/09_serving.ipynb #81dcf9ee
+# %% ../nbs/09_serving.ipynb #e7f3a821
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY", "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"} # the page has a policy of its own
 
@@ -706,8 +706,7 @@ class Guard:
             if seen["whole"]: return await receive()
             try: message = await asyncio.wait_for(receive(), max(0, late - time.perf_counter()))
             except TimeoutError: raise Refused(408, "The request took too long to arrive.", code="timeout") from None
-            seen["bytes"] += len(message.get("body", b""))
-            seen["whole"] = not message.get("more_body", False)
+            seen["bytes"], seen["whole"] = seen["bytes"] + len(message.get("body", b"")), not message.get("more_body", False)
             if seen["bytes"] > self.service.most_bytes: raise Refused(413, f"The request is larger than {self.service.most_bytes:,} bytes. Send several requests.", code="too_large")
             return message
         async def stamped(message):
@@ -742,14 +741,14 @@ def make_app(
     @app.exception_handler(RequestValidationError)
     async def not_valid(request, e):
         first = e.errors()[0]
-        place = [str(part) for part in first["loc"][1:]]
-        what = "There is no such field." if first["type"] == "extra_forbidden" else f"{first['msg']}."
-        return answer(Refused(400, f"{'.'.join(place) or 'The body'}: {what}", next(iter(place), None)))
+        name = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
+        what = "There is no such field." if first["type"] == "extra_forbidden" else "Give symbols with spaces between, or ids; or a list of either." if name in ("prompt", "input") and first["type"] != "missing" else f"{first['msg']}."
+        return answer(Refused(400, f"{name or 'The body'}: {what}", name))
 
     @app.exception_handler(Exception)
     async def failed(request, e): return answer(Refused(500, "The server failed; its log says how."))
 
-    def allowed(shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]):
+    async def allowed(shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]):
         if key and not secrets.compare_digest((shown.credentials if shown else "").encode(), key.encode()): raise Refused(401, "This server asks for a key: Authorization: Bearer KEY.", code="invalid_api_key", WWW_Authenticate="Bearer")
 
     described = {"4XX": {"model": Error}, "5XX": {"model": Error}}
