@@ -75,7 +75,7 @@ def running(
         server.should_exit = True
         thread.join()
 
-# %% ../nbs/09_serving.ipynb #3537d53e
+# %% ../nbs/09_serving.ipynb #06fad08d
 @patch
 def by_token(self: Decoder): # (sequences, tokens, ...) each
     "Views of what is kept."
@@ -88,10 +88,8 @@ def join(self: Decoder,
     most: int, # How many sequences there can be
 ):
     "Takes in sequences of `other`, without their padding, as the last ones."
-    if not self.kept:
-        sides = lambda k, place: [most if axis == 0 else self.model.config.n_positions if axis == place else n for axis, n in enumerate(k.shape)]
-        self.kept = [k.new_zeros(sides(k, place)) for k, place in zip(other.kept, cycle(self.token_axes))]
-        self.length = other.padding[:0]
+    if not self.kept: self.kept, self.length = [k.new_zeros(most, *k.shape[1:]) for k in other.kept], other.padding[:0]
+    self.make_room(other.length)
     first, skipped, lengths = len(self.length), other.padding.tolist(), other.length - other.padding
     for mine, theirs in zip(self.by_token(), other.by_token()):
         for k, row in enumerate(rows, first): mine[k, :lengths[row]] = theirs[row, skipped[row]:other.length]
