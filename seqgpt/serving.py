@@ -9,10 +9,11 @@ __all__ = ['Prompts', 'event', 'HEADERS', 'server_for', 'running', 'Busy', 'Cont
            'Wrong', 'Error', 'prompt_scores', 'Service', 'until_gone', 'Writer', 'merge', 'answered', 'Guard',
            'make_app', 'serve']
 
-# %% ../nbs/09_serving.ipynb #1eb48c6a
+# %% ../nbs/09_serving.ipynb #dd1d51ea
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import socket
 import threading
@@ -48,7 +49,7 @@ from .inference import Decoder, chooser, decoder_for, encode_prompt
 from .model import KINDS
 from .tokenizer import InputError
 
-# %% ../nbs/09_serving.ipynb #7fa34958
+# %% ../nbs/09_serving.ipynb #cf42096d
 def server_for(
     app: FastAPI,
     host: str = "127.0.0.1", # Address to listen on
@@ -57,7 +58,7 @@ def server_for(
 ) -> tuple: # A uvicorn server, its socket, its address
     "What `serve` and `running` start; raises `InputError` where the address cannot be had."
     try: listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as e: raise InputError(f"Cannot listen on {host} port {port}: {getattr(e, 'strerror', None) or e}. Choose another --port or --host.") from e
+    except (OSError, OverflowError) as e: raise InputError(f"Cannot listen on {host} port {port}: {os.strerror(e.errno) if getattr(e, 'errno', None) else e}. Choose another --port or --host.") from e
     config = uvicorn.Config(app, log_level=log_level, server_header=False, limit_concurrency=1000, timeout_graceful_shutdown=30, h11_max_incomplete_event_size=2**16)
     return uvicorn.Server(config), listening, f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
