@@ -1,6 +1,6 @@
 # seqgpt serve in a container:
 #   docker build -t seqgpt .
-#   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/outputs/best_model:/model:ro" -e SEQGPT_API_KEY --read-only --tmpfs /tmp seqgpt
+#   docker run --rm -p 127.0.0.1:8000:8000 --user "$(id -u):$(id -g)" -v "$PWD/outputs/best_model:/model:ro" -e SEQGPT_API_KEY --read-only --tmpfs /tmp seqgpt
 # More options of `seqgpt serve` go behind the last word. Everything in the image belongs to root; the server is nobody in particular.
 FROM python:3.11-slim AS build
 WORKDIR /src
