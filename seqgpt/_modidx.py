@@ -361,6 +361,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'seqgpt.serving.Guard.__init__': ('serving.html#guard.__init__', 'seqgpt/serving.py'),
                                 'seqgpt.serving.Logprobs': ('serving.html#logprobs', 'seqgpt/serving.py'),
                                 'seqgpt.serving.Model': ('serving.html#model', 'seqgpt/serving.py'),
+                                'seqgpt.serving.ModelRequest': ('serving.html#modelrequest', 'seqgpt/serving.py'),
                                 'seqgpt.serving.Models': ('serving.html#models', 'seqgpt/serving.py'),
                                 'seqgpt.serving.Refused': ('serving.html#refused', 'seqgpt/serving.py'),
                                 'seqgpt.serving.Refused.__init__': ('serving.html#refused.__init__', 'seqgpt/serving.py'),

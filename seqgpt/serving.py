@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Prompts', 'event', 'HEADERS', 'server_for', 'running', 'Busy', 'Continuation', 'distribute', 'Engine', 'Body',
-           'StreamOptions', 'CompletionRequest', 'SequencesRequest', 'Refused', 'wrong', 'read_prompts', 'Logprobs',
-           'Choice', 'Usage', 'Completion', 'Score', 'Scores', 'Class', 'Classes', 'Model', 'Models', 'Vocabulary',
-           'Wrong', 'Error', 'prompt_scores', 'Service', 'until_gone', 'Writer', 'merge', 'answered', 'Guard',
-           'make_app', 'serve']
+           'ModelRequest', 'StreamOptions', 'CompletionRequest', 'SequencesRequest', 'Refused', 'wrong', 'read_prompts',
+           'Logprobs', 'Choice', 'Usage', 'Completion', 'Score', 'Scores', 'Class', 'Classes', 'Model', 'Models',
+           'Vocabulary', 'Wrong', 'Error', 'prompt_scores', 'Service', 'until_gone', 'Writer', 'merge', 'answered',
+           'Guard', 'make_app', 'serve']
 
 # %% ../nbs/09_serving.ipynb #dd1d51ea
 import asyncio
@@ -287,24 +287,27 @@ class Engine:
             self.decoder.join(beginnings, [prompts.index(c.ids) for c in new], self.most_running)
         finally: self.running += new
 
-# %% ../nbs/09_serving.ipynb #df1ded97
+# %% ../nbs/09_serving.ipynb #427fadf4
 class Body(BaseModel):
-    "What all requests have in common: nothing unknown, nothing of a wrong type; null stands for the default."
+    "What is read: nothing unknown, nothing of a wrong type; null stands for the default."
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    model: str | None = Field(None, description="One of those that /v1/models lists; left out: the only one there is")
 
     @field_validator("*", mode="before")
     @classmethod
     def default_for_null(cls, value, info): return cls.model_fields[info.field_name].get_default() if value is None else value
+
+class ModelRequest(Body):
+    "What all requests have in common."
+    model: str | None = Field(None, description="One of those that /v1/models lists; left out: the one there is")
 
 Prompts = str | list[str] | list[int] | list[list[int]] # one or several; symbols with spaces between, or ids
 
 class StreamOptions(Body):
     "As in the OpenAI API."
     include_usage: bool | None = Field(False, description="Behind all pieces, one with the tokens counted")
-    include_obfuscation: bool | None = Field(False, le=0, description="There is none")
+    include_obfuscation: bool | None = Field(False, le=0, json_schema_extra={"enum": [False, None]}, description="There is none")
 
-class CompletionRequest(Body):
+class CompletionRequest(ModelRequest):
     "Sequences to be continued: as in the OpenAI API, with vLLM's names for what that lacks."
     prompt: Prompts | None = Field("", description="Symbols with spaces between, or ids; or a list of either. Empty: the beginning of a sequence")
     max_tokens: int | None = Field(None, ge=0, description="New tokens at most; left out: as many as the model has room for")
@@ -314,7 +317,7 @@ class CompletionRequest(Body):
     repetition_penalty: float | None = Field(1.0, gt=0, le=100, description="Above 1: symbols that occurred become less probable")
     n: int | None = Field(1, ge=1, description="Continuations of each prompt")
     seed: int | None = Field(None, ge=0, lt=2**62, description="Same seed, same continuations; the k-th of several has seed + k")
-    stop: str | list[str] | None = Field(None, max_length=16, description="A continuation ends before these symbols, which may be several with spaces between; or before any of a list")
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = Field(None, description="A continuation ends before these symbols, which may be several with spaces between; or before any of a list")
     echo: bool | None = Field(False, description="Give the prompt, too")
     logprobs: int | None = Field(None, ge=0, description="Give the log-probability of each token, and those of so many of the most probable: the model's own, before temperature and the like")
     prompt_logprobs: int | None = Field(None, ge=0, description="The same for the tokens of the prompt")
@@ -328,7 +331,7 @@ class CompletionRequest(Body):
     frequency_penalty: float | None = Field(0.0, ge=0, le=0, description="Not supported: there is repetition_penalty")
     logit_bias: dict[str, float] | None = Field(None, max_length=0, description="Not supported")
 
-class SequencesRequest(Body):
+class SequencesRequest(ModelRequest):
     "Sequences to be looked at as they are."
     input: Prompts = Field(description="Symbols with spaces between, or ids; or a list of either")
 
@@ -518,7 +521,7 @@ class Service:
         "Raises `Refused` where a request asks for more sequences than can ever wait."
         if sequences > self.engine.most_waiting: raise Refused(400, f"The request is about {sequences} sequences; at most {self.engine.most_waiting} can be taken. Send several requests.", name)
 
-# %% ../nbs/09_serving.ipynb #1cd59e53
+# %% ../nbs/09_serving.ipynb #0c47d5fe
 @patch
 def plan(self: Service,
     body: CompletionRequest,
@@ -609,7 +612,7 @@ class Writer:
         found = {"index": k, "text": text, "finish_reason": finish, "logprobs": None}
         if body.logprobs is not None:
             found["logprobs"] = {"tokens": [self.names[i] for i, *_ in tokens], "token_logprobs": [p for _, p, _ in tokens], "text_offset": offsets,
-                                 "top_logprobs": [{self.names[i]: p for i, p in list(top.items())[:body.logprobs]} for *_, top in tokens] if body.logprobs else None}
+                                 "top_logprobs": [{self.names[j]: q for j, q in [*list(top.items())[:body.logprobs], (i, p)]} for i, p, top in tokens] if body.logprobs else None}
         if body.return_token_ids: found["token_ids"] = [i for i, *_ in tokens]
         if first and body.return_token_ids: found["prompt_token_ids"] = self.made[k].ids
         if first and body.prompt_logprobs is not None: found["prompt_logprobs"] = [None, *({str(i): {"logprob": p, "decoded_token": self.names[i]} for i, p in ({own: lp} | dict(list(top.items())[:body.prompt_logprobs])).items()} for own, lp, top in self.prompts[k])]
@@ -668,7 +671,7 @@ def merge(
         elif isinstance(value, (str, list)) and whole.get(name): whole[name] += value
         else: whole[name] = value
 
-# %% ../nbs/09_serving.ipynb #23176b37
+# %% ../nbs/09_serving.ipynb #33b42dc4
 @patch
 async def look(self: Service,
     task: str, # "clm" or "classification"
@@ -679,7 +682,7 @@ async def look(self: Service,
     model, tokenizer, name = self.pick(task, body.model)
     found, sequences = [], read_prompts(tokenizer, body.input, "input", model.config.n_positions, whole=True)
     self.check_volume(len(sequences), "input")
-    for k in range(0, len(sequences), 16): found += await self.do(partial(call, model, tokenizer, sequences[k:k + 16]))
+    for k in range(0, len(sequences), 16): found += [*await self.do(partial(call, model, tokenizer, sequences[k:k + 16]))]
     self.counted["prompt"].inc(sum(map(len, sequences)))
     return name, tokenizer, sequences, found
 
@@ -720,7 +723,7 @@ def vocabulary(self: Service) -> dict:
     classes = [*self.models["classification"][0].config.label2id] if "classification" in self.models else None
     return {"model": name, "symbols": tokenizer.convert_ids_to_tokens(range(len(tokenizer))), **special, "positions": model.config.n_positions, "digits": digits_shape(tokenizer.get_vocab()), "classes": classes, "most_sequences": self.engine.most_waiting}
 
-# %% ../nbs/09_serving.ipynb #e7f3a821
+# %% ../nbs/09_serving.ipynb #df60c4e4
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY", "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"} # the page has a policy of its own
 
@@ -730,7 +733,7 @@ class Guard:
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return await self.app(scope, receive, send)
-        begun, seen = time.perf_counter(), {"bytes": 0, "status": 500, "whole": False}
+        begun, seen = time.perf_counter(), {"bytes": 0, "status": 500, "whole": False, "begun": False}
         late = begun + 30 # for a client that is slow to say what it wants
         async def limited():
             if seen["whole"]: return await receive()
@@ -741,10 +744,14 @@ class Guard:
             return message
         async def stamped(message):
             if message["type"] == "http.response.start":
-                seen["status"], given = message["status"], {name for name, _ in message["headers"]}
+                seen["status"], seen["begun"], given = message["status"], True, {name for name, _ in message["headers"]}
                 message["headers"] += [(name.lower().encode(), value.encode()) for name, value in HEADERS.items() if name.lower().encode() not in given]
             await send(message)
         try: await self.app(scope, limited, stamped)
+        except Exception: # here, so that this answer has the headers, too, and the connection stays
+            traceback.print_exc()
+            if seen["begun"]: raise
+            await JSONResponse(wrong(Refused(500, "The server failed; its log says how.")), 500)(scope, receive, stamped)
         finally: self.service.requests.labels(getattr(scope.get("route"), "path", "other"), seen["status"]).observe(time.perf_counter() - begun)
 
 def make_app(
@@ -760,7 +767,7 @@ def make_app(
         yield
         service.engine.close()
 
-    app = FastAPI(title="seqgpt", version=seqgpt.__version__, lifespan=lifespan, docs_url=None, redoc_url=None) # their pages would ask other hosts
+    app = FastAPI(title="seqgpt", version=seqgpt.__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False) # their pages would ask other hosts
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     app.add_middleware(Guard, service=service)
     answer = lambda e: JSONResponse(wrong(e), e.status_code, e.headers)
@@ -775,16 +782,15 @@ def make_app(
         what = "There is no such field." if first["type"] == "extra_forbidden" else "Give symbols with spaces between, or ids; or a list of either." if name in ("prompt", "input") and first["type"] != "missing" else f"{first['msg']}."
         return answer(Refused(400, f"{name or 'The body'}: {what}", name))
 
-    @app.exception_handler(Exception)
-    async def failed(request, e): return answer(Refused(500, "The server failed; its log says how."))
-
     async def allowed(shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]):
-        if key and not secrets.compare_digest((shown.credentials if shown else "").encode(), key.encode()): raise Refused(401, "This server asks for a key: Authorization: Bearer KEY.", code="invalid_api_key", WWW_Authenticate="Bearer")
+        if not secrets.compare_digest((shown.credentials if shown else "").encode("latin-1"), key.encode()): # headers are read as latin-1
+            raise Refused(401, "This server asks for a key: Authorization: Bearer KEY.", code="invalid_api_key", WWW_Authenticate="Bearer")
 
     described = {"4XX": {"model": Error}, "5XX": {"model": Error}}
-    locked = {"dependencies": [Depends(allowed)], "responses": described}
+    asks = [Depends(allowed)] if key else []
+    locked = {"dependencies": asks, "responses": described}
 
-    @app.post("/v1/completions", response_model=Completion, dependencies=[Depends(allowed)], responses={**described, 200: {"content": {"text/event-stream": {}}}})
+    @app.post("/v1/completions", response_model=Completion, dependencies=asks, responses={**described, 200: {"content": {"text/event-stream": {}}}})
     async def completions(body: CompletionRequest, request: Request): return await service.complete(body, request)
 
     @app.post("/v1/classify", response_model=Classes, **locked)
