@@ -39,7 +39,7 @@ const typed = () => new Promise(done => {
 async function open() {
   data = await (await ask("v1/vocabulary")).json();
   symbols = new Map(data.symbols.map((s, id) => [s, id]));
-  $("where").textContent = "It runs on the server that this page comes from.";
+  $("host").textContent = "It runs on the server that this page comes from.";
   $("facts").append(make("p", {}, `The model ${data.model} has ${data.symbols.length} symbols and ${data.positions} positions. Served by seqgpt.`));
 }
 

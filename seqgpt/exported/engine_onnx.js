@@ -16,7 +16,7 @@ async function open() {
   Object.assign(ort.env.wasm, {wasmBinary: wasm, numThreads: 1});
   try { session = await ort.InferenceSession.create(new Uint8Array(model), {executionProviders: ["wasm"], logSeverityLevel: 3}); }
   catch (e) { throw Error(`The model ${data.file} cannot be opened; make this page anew. ONNX Runtime says: ${e.message}`); }
-  $("where").textContent = "It runs in this page: nothing is sent to anybody.";
+  $("host").textContent = "It runs in this page: nothing is sent to anybody.";
   $("facts").append(make("p", {}, `The model ${data.file} (${(data.bytes / 1e6).toFixed(1)} MB) has ${data.symbols.length} symbols and ${data.positions} positions. Made by seqgpt.`),
     make("p", {}, "It holds a copy of ONNX Runtime Web, under this licence:"), make("pre", {}, data.licence));
 }
