@@ -72,7 +72,7 @@ def standard_attention(
 
 AttentionInterface.register("onnx_standard", standard_attention)
 
-# %% ../nbs/08_export.ipynb #173e1a34
+# %% ../nbs/08_export.ipynb #3a98f670
 class Exportable(torch.nn.Module):
     "A GPT-2 as a function: tensors in, tensors out."
     def __init__(self,
@@ -91,9 +91,10 @@ class Exportable(torch.nn.Module):
         past: list | None = None, # For each layer keys and values, (batch, heads, past, size)
     ): # Logits, (batch, new, vocabulary) or (batch, classes); behind them, where `past` is given, its successors
         at, present = torch.arange(attention_mask.shape[1], device=input_ids.device), []
+        last = ((at + 1)*attention_mask).amax(1) - 1 # where each sequence ends
         may_look = (attention_mask[:, None, None] > 0) & (at <= at[attention_mask.shape[1] - input_ids.shape[1]:, None]) # not at padding, not ahead
         bias = torch.where(may_look, 0.0, torch.finfo(torch.float32).min)
-        logits = self.model(input_ids, position_ids=position_ids, use_cache=False, past=past, present=present, bias=bias).logits
+        logits = self.model(input_ids, position_ids=position_ids, use_cache=False, past=past, present=present, bias=bias, last=last.int()).logits
         return logits if past is None else (logits, *present)
 
 # %% ../nbs/08_export.ipynb #0e518b4d
@@ -135,7 +136,7 @@ def head_size(
     size = config.n_embd//config.n_head
     return size + (-size % 8 if cache == "in place" else 0)
 
-# %% ../nbs/08_export.ipynb #54145ac2
+# %% ../nbs/08_export.ipynb #016482b8
 def in_place_attention(
     module, # As for `standard_attention`, and so is what follows
     query: torch.Tensor,
@@ -146,13 +147,14 @@ def in_place_attention(
     past: list | None = None,
     present: list = (),
     bias: torch.Tensor | None = None,
+    last: torch.Tensor | None = None, # (batch,), place of the last token of each sequence
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     "`standard_attention` as one operator of ONNX Runtime, to be exported only; see its page on contributed operators."
     (batch, heads, new, size), total = query.shape, bias.shape[-1]
     room = -size % 8
     rows = lambda t: (F.pad(t, (0, room)) if room else t).transpose(1, 2).flatten(2) # (batch, new, heads * size)
-    last, length = torch.full((batch,), total - 1, dtype=torch.int32), torch.full((1,), total, dtype=torch.int32)
+    length = torch.full((1,), total, dtype=torch.int32)
     kept, none = (batch, heads, total, size + room), [None]*3 # no rotary embedding, positions are inputs
     mixed, *both = torch.onnx.ops.symbolic_multi_out("com.microsoft::GroupQueryAttention", [*map(rows, (query, key, value)), *past[2*module.layer_idx:][:2], last, length, *none, bias],
                                                      {"num_heads": heads, "kv_num_heads": heads, "scale": float(scaling)}, dtypes=[query.dtype]*3, shapes=[(batch, new, heads*(size + room)), kept, kept])
@@ -161,15 +163,17 @@ def in_place_attention(
 
 AttentionInterface.register("onnx_in_place", in_place_attention)
 
-# %% ../nbs/08_export.ipynb #84d06b52
+# %% ../nbs/08_export.ipynb #69fd6a85
 DTYPES = {torch.int64: np.int64, torch.float32: np.float32}
 
 class OnnxDecoder(Decoder):
     "A `Decoder` on ONNX Runtime."
+    token_axes, bound = (2, 2), None # As in `Decoder`; where `binding` says that keys and values are
+
     def whole(self, ids):
         "All tokens at once."
         if self.padding is None: self.padding = ids.new_zeros(len(ids))
-        self.length, self.mask, self.binding = 0, ids.new_zeros(len(ids), 0), self.model.session.io_binding()
+        self.length, self.bound = 0, None
         self.kept = [torch.zeros(len(ids), heads, 0, size) for heads, size in self.model.kept.values()]
         logits = self.step(ids)
         if not (self.use_cache and self.kept): self.length = 0
@@ -177,23 +181,24 @@ class OnnxDecoder(Decoder):
 
     def step(self, ids):
         "New tokens of each sequence, (sequences, new) or (sequences,)."
-        ids, in_place = ids.reshape(len(self.mask), -1).contiguous(), self.model.cache == "in place"
-        past, total, room = self.length, self.length + ids.shape[1], self.mask.shape[1]
-        if full := total > room:
-            self.mask = F.pad(self.mask, (0, total + 100 - room))
-            if in_place: self.kept = [F.pad(k, (0, 0, 0, total + 100 - room)) for k in self.kept]
-        place = torch.arange(past, total) - self.padding[:, None]
-        self.mask[:, past:total] = place >= 0
-        logits, before = torch.empty(*ids.shape, self.model.config.vocab_size), self.kept
-        if not in_place: before, self.kept = [k[:, :, :past].contiguous() for k in before], [k.new_empty(*k.shape[:2], total, k.shape[3]) for k in before]
-        if full or not in_place:
+        sequences, in_place = len(self.padding), self.model.cache == "in place"
+        ids, past = ids.reshape(sequences, -1).contiguous(), torch.as_tensor(self.length).view(-1, 1) # (1, 1), or (sequences, 1)
+        total, room = int(past.max()) + ids.shape[1], self.kept[0].shape[2] if self.kept else 0
+        if in_place and total > room: self.kept = [F.pad(k, (0, 0, 0, total + 100 - room)) for k in self.kept]
+        before = [k[:sequences] for k in self.kept]
+        if not in_place: before, self.kept = [k[:, :, :int(past)].contiguous() for k in before], [k.new_empty(*k.shape[:2], total, k.shape[3]) for k in before]
+        if (there := [(k.data_ptr(), k.shape) for k in before]) != self.bound:
+            self.binding = self.model.session.io_binding()
             self.bind("input", dict(zip(self.model.kept, before)))
-            self.bind("output", {name.replace("past_key_values", "present"): k for name, k in zip(self.model.kept, self.kept)})
-        given = {"input_ids": ids, "attention_mask": self.mask[:, :total].contiguous(), "position_ids": place.clamp(min=0)}
+            self.bind("output", {name.replace("past_key_values", "present"): k[:sequences] for name, k in zip(self.model.kept, self.kept)})
+            self.bound = there if in_place else None
+        place, new, logits = torch.arange(total), torch.arange(ids.shape[1]), torch.empty(*ids.shape, self.model.config.vocab_size)
+        mask = (place >= self.padding[:, None]) & (place < past + ids.shape[1])
+        given = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": (past + new - self.padding[:, None]).clamp(min=0)}
         self.bind("input", given)
         self.bind("output", {"logits": logits})
         self.model.session.run_with_iobinding(self.binding)
-        self.length = total
+        self.length = self.length + ids.shape[1]
         return logits[:, -1]
 
     def bind(self, direction, tensors):

@@ -6,10 +6,11 @@
 __all__ = ['encode_prompt', 'next_logits', 'next_tokens', 'likeliest', 'text_bars', 'plot_next', 'linear', 'Decoder',
            'decoder_for', 'chooser', 'stream', 'Sample', 'Samples', 'generate', 'decode_sample', 'completions']
 
-# %% ../nbs/05_inference.ipynb #d3f8c845
+# %% ../nbs/05_inference.ipynb #0f5e2c88
 import difflib
 from base64 import b64encode
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from io import BytesIO
 from itertools import islice
@@ -94,7 +95,7 @@ def plot_next(
     ax.invert_yaxis()
     return fig
 
-# %% ../nbs/05_inference.ipynb #f9969986
+# %% ../nbs/05_inference.ipynb #51b487c6
 def linear(
     x: torch.Tensor, # (sequences, in)
     weight: torch.Tensor, # (in, out), as GPT-2 has it
@@ -107,12 +108,15 @@ def linear(
 
 class Decoder:
     "The logits behind sequences that grow: keys and values are kept, and only what is new is computed."
+    token_axes = 3, 2 # Of keys and values in `kept`
+
     def __init__(self,
         model, # A language model, in evaluation mode
         padding: torch.Tensor | None = None, # (sequences,): how many ids at the left of each are padding; None: none
         use_cache: bool = True, # False: everything anew at each call
     ):
-        self.model, self.padding, self.use_cache, self.length = model, padding, use_cache, 0
+        self.model, self.padding, self.use_cache = model, padding, use_cache
+        self.length, self.kept = 0, [] # How many tokens of each sequence are kept: one number, or (sequences,) one for each; their keys and values
 
     @torch.inference_mode()
     def __call__(self,
@@ -130,28 +134,33 @@ class Decoder:
         place, cache = torch.arange(tokens, device=ids.device) - self.padding[:, None], DynamicCache(config=self.model.config)
         logits = self.model(ids, attention_mask=(place >= 0).long(), position_ids=place.clamp(min=0), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         if self.use_cache:
-            self.length, heads = tokens, sequences*self.model.config.n_head
-            self.layers = [[(m.weight, m.bias) for m in (b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj)] for b in self.model.transformer.h]
-            self.keys = [layer.keys.transpose(2, 3).reshape(heads, -1, tokens) for layer in cache.layers]
-            self.values = [layer.values.reshape(heads, tokens, -1) for layer in cache.layers]
-            self.mask = torch.zeros_like(place, dtype=logits.dtype).masked_fill(place < 0, -torch.inf).repeat_interleave(self.model.config.n_head, 0)[:, None]
+            self.length = tokens
+            self.kept = [t.contiguous() for layer in cache.layers for t in (layer.keys.transpose(2, 3), layer.values)]
         return logits
 
     def step(self, token):
         "One more token of each sequence."
-        at, gpt, sequences = self.length, self.model.transformer, len(token)
-        if at == self.mask.shape[-1]: # full: room for a hundred more
-            self.keys, self.values, self.mask = [F.pad(k, (0, 100)) for k in self.keys], [F.pad(v, (0, 0, 0, 100)) for v in self.values], F.pad(self.mask, (0, 100))
+        at, gpt, sequences, heads = self.length, self.model.transformer, len(token), self.model.config.n_head
+        last = torch.as_tensor(at, device=token.device).view(-1, 1) # (1, 1), or (sequences, 1)
+        rows, total = slice(sequences) if isinstance(at, int) else torch.arange(sequences), int(last.max()) + 1
+        if total > self.kept[0].shape[-1]: self.kept = [F.pad(k, (0, 100) if n % 2 == 0 else (0, 0, 0, 100)) for n, k in enumerate(self.kept)] # full: room for a hundred more
+        place = torch.arange(total, device=token.device)
+        mask = torch.zeros(sequences, total, dtype=gpt.wte.weight.dtype, device=token.device).masked_fill((place < self.padding[:, None]) | (place > last), -torch.inf).repeat_interleave(heads, 0)[:, None]
         norm = lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, gpt.ln_f.eps)
         x = F.embedding(token, gpt.wte.weight) + F.embedding(at - self.padding, gpt.wpe.weight)
-        for block, (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), keys, values in zip(gpt.h, self.layers, self.keys, self.values):
-            q, k, v = linear(norm(x, *ln_1), *c_attn).view(sequences, 3, -1, values.shape[-1]).transpose(0, 1).reshape(3, len(keys), -1)
-            keys[:, :, at], values[:, at] = k, v
-            shares = torch.baddbmm(self.mask[..., :at + 1], q[:, None], keys[..., :at + 1], alpha=block.attn.scaling).softmax(-1)
-            x = x + linear(torch.bmm(shares, values[:, :at + 1]).view(sequences, -1), *attn_proj)
+        for block, (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), keys, values in zip(gpt.h, self.layers, self.kept[::2], self.kept[1::2]):
+            q, k, v = linear(norm(x, *ln_1), *c_attn).view(sequences, 3, heads, -1).unbind(1)
+            keys[rows, :, :, at], values[rows, :, at] = k, v
+            shares = torch.baddbmm(mask, q.reshape(len(mask), 1, -1), keys[:sequences].flatten(0, 1)[..., :total], alpha=block.attn.scaling).softmax(-1)
+            x = x + linear(torch.bmm(shares, values[:sequences].flatten(0, 1)[:, :total]).view(sequences, -1), *attn_proj)
             x = x + linear(block.mlp.act(linear(norm(x, *ln_2), *c_fc)), *mlp_proj)
-        self.length += 1
+        self.length = at + 1
         return self.model.lm_head(gpt.ln_f(x))
+
+    @cached_property
+    def layers(self):
+        "The weights of each block, as `step` needs them."
+        return [[(m.weight, m.bias) for m in (b.ln_1, b.attn.c_attn, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj)] for b in self.model.transformer.h]
 
 def decoder_for(
     model, # A language model
@@ -159,28 +168,29 @@ def decoder_for(
     "What keeps keys and values for `model`; takes the arguments of `Decoder`."
     return getattr(model, "decoder", Decoder)
 
-# %% ../nbs/05_inference.ipynb #2fe83814
+# %% ../nbs/05_inference.ipynb #ec491f7a
 def chooser(
     tokenizer, # Of the model
     temperature: float = 1.0, # See `generate`
     top_k: int = 0,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
-): # A function of ids, (sequences, tokens), and of the logits behind them, (sequences, vocabulary); it gives the next ids, (sequences,)
+): # A function of ids, (sequences, tokens), of the logits behind them, (sequences, vocabulary), and, if each sequence has dice of its own, of a list of generators; it gives the next ids, (sequences,)
     "How next tokens are chosen: Transformers' ways, in its order."
     ways = [SuppressTokensLogitsProcessor([tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id])]
     if repetition_penalty != 1: ways.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
     if temperature not in (0, 1): ways.append(TemperatureLogitsWarper(float(temperature)))
     if temperature and top_k: ways.append(TopKLogitsWarper(top_k))
     if temperature and top_p < 1: ways.append(TopPLogitsWarper(top_p))
-    def choose(ids, logits):
+    def choose(ids, logits, dice=None):
         threads = torch.get_num_threads()
         torch.set_num_threads(1) # for so few numbers others would only wait, the longer where another runtime has threads of its own
         try:
             scores = LogitsProcessorList(ways)(ids, logits.float())
             p = scores.softmax(-1)
             if not p.isfinite().all(): raise InputError("The scores of the symbols are not finite. Raise temperature, choose a repetition_penalty nearer to 1, or take another copy of the model.")
-            return torch.multinomial(p, 1)[:, 0] if temperature else scores.argmax(-1)
+            if not temperature: return scores.argmax(-1)
+            return torch.multinomial(p, 1)[:, 0] if dice is None else torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, dice)])
         finally: torch.set_num_threads(threads)
     return choose
 

@@ -164,7 +164,7 @@ def quicken(
             if type(child) is torch.nn.Dropout: setattr(module, name, Dropout(child.p).train(child.training))
     return model
 
-# %% ../nbs/03_model.ipynb #00aa8e32
+# %% ../nbs/03_model.ipynb #0592bece
 disable_progress_bar() # Transformers' bar for reading or writing one small file
 
 def saved_config(
@@ -197,7 +197,7 @@ def check_task(
     weights: str = "model.safetensors", # Likewise
 ):
     "Raises `InputError` where the model saved in `folder` does something else."
-    if (is_for := task_of(folder, weights)) != task: raise InputError(f"{folder}: holds a {KINDS[is_for]}, not a {KINDS[task]}. {'Ask it with --mode classify.' if task == 'clm' else f'Train one from it: seqgpt train --task classification --init_from {folder}' if weights == 'model.safetensors' else 'Export a classifier.'}")
+    if (is_for := task_of(folder, weights)) != task: raise InputError(f"{folder}: holds a {KINDS[is_for]}, not a {KINDS[task]}. {'Ask it with --mode classify; serve it as --classifier_path.' if task == 'clm' else f'Train one from it: seqgpt train --task classification --init_from {folder}' if weights == 'model.safetensors' else 'Export a classifier.'}")
 
 def load_model(
     folder: str | Path, # As for `saved_config`

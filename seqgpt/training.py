@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision', 'QuickTrainer', 'token_sums', 'token_metrics',
-           'ExactMetrics', 'Muon', 'class_loss', 'balanced_weights', 'class_guesses', 'macro_f1', 'class_metrics',
-           'save_state', 'load_state', 'checkpoints_in', 'read_checkpoint', 'weights_fit', 'StopOnSignal',
-           'Interrupted', 'Diverged', 'StopWhenDiverged', 'OutOfMemory', 'out_of_memory', 'largest_batch',
-           'say_what_fits', 'write_config', 'read_config', 'read_settings', 'PlainYaml', 'model_card', 'save_model',
-           'Bar', 'recent_loss', 'KeepBest', 'out_of_patience', 'validation_metrics', 'start_from', 'load_vocab',
-           'load_data', 'training_arguments', 'Finished', 'find_checkpoint', 'run_identity', 'resume_command',
-           'begin_run', 'say_what_is_lacking', 'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts',
-           'train', 'alone_in', 'run_trainer']
+           'ExactMetrics', 'orthogonal', 'Muon', 'class_loss', 'balanced_weights', 'class_guesses', 'macro_f1',
+           'class_metrics', 'save_state', 'load_state', 'checkpoints_in', 'read_checkpoint', 'weights_fit',
+           'StopOnSignal', 'Interrupted', 'Diverged', 'StopWhenDiverged', 'OutOfMemory', 'out_of_memory',
+           'largest_batch', 'say_what_fits', 'write_config', 'read_config', 'read_settings', 'PlainYaml', 'model_card',
+           'save_model', 'Bar', 'recent_loss', 'KeepBest', 'out_of_patience', 'validation_metrics', 'start_from',
+           'load_vocab', 'load_data', 'training_arguments', 'Finished', 'find_checkpoint', 'run_identity',
+           'resume_command', 'begin_run', 'say_what_is_lacking', 'say_what_was_seen', 'Run', 'plot_curves',
+           'save_curves', 'task_parts', 'train', 'alone_in', 'run_trainer']
 
-# %% ../nbs/04_training.ipynb #9117b280
+# %% ../nbs/04_training.ipynb #a6d846ff
 import contextlib
 import json
 import logging
@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from html import escape
 from pathlib import Path
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -214,7 +215,22 @@ class ExactMetrics:
         rows, self.rows = np.concatenate(self.rows), []
         return self.metrics(rows)
 
-# %% ../nbs/04_training.ipynb #1ff1b605
+# %% ../nbs/04_training.ipynb #81655a6f
+def orthogonal(
+    grad: torch.Tensor, # (rows, columns)
+    coefficients: tuple, # Three, of the polynomial
+    steps: int, # Iterations
+    eps: float, # Least norm to divide by
+) -> torch.Tensor: # Likewise
+    "Newton-Schulz iterations as in PyTorch's Muon, but in the precision of `grad`."
+    a, b, c = coefficients
+    x = grad if grad.shape[0] <= grad.shape[1] else grad.T
+    x = x/x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if grad.shape[0] <= grad.shape[1] else x.T
+
 class Muon(torch.optim.Optimizer):
     "Muon for the matrices of the blocks, and AdamW for all other parameters."
     def __init__(self,
@@ -231,6 +247,11 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        slow, inside = pick_precision() == "fp32" and self.param_groups[0]["params"][0].is_cpu, "_zeropower_via_newtonschulz" # no public name of PyTorch
+        with mock.patch.object(torch.optim._muon, inside, orthogonal) if slow and hasattr(torch.optim._muon, inside) else contextlib.nullcontext(): self.each()
+
+    def each(self):
+        "A step of each part."
         for k, part in enumerate(self.parts): # schedules and checkpoints know this optimiser only: its groups and its state are the ones that count
             part.param_groups, part.state = [g for g in self.param_groups if g["part"] == k], self.state
             part.step()

@@ -68,7 +68,7 @@ def test_logits_are_those_of_the_model_whatever_was_kept():
     decoder = Decoder(model, padding)
     for n in (5, 6, 7, 150, 151, 40, 41, 260, 4, 259, 260): # on, by several at once, and back
         assert torch.allclose(decoder(ids[:, :n]), expected[:, n - 1], atol=1e-4), n
-    assert decoder.keys[0].shape[-1] < 400
+    assert decoder.kept[0].shape[-1] < 400
 
 
 def test_padding_does_not_count():
