@@ -3,19 +3,21 @@
 let key = "", asked = null, symbols; // what the server wants to hear; a promise while it is typed; the id of each symbol
 try { key = sessionStorage.getItem("key") ?? ""; } catch {} // storage may be forbidden
 
-// The answer to a request. Whatever goes wrong becomes an Error in plain words; one that may go well a little later says when.
+// The answer to a request. Whatever goes wrong becomes an Error in plain words; with `wait`, it may go well after so many seconds.
 async function ask(path, body, signal) {
   const used = key;
   const answer = await fetch(path, {method: body ? "POST" : "GET", body: body && JSON.stringify(body), signal, cache: "no-store",
     headers: {...(used && {Authorization: `Bearer ${used}`}), ...(body && {"Content-Type": "application/json"})}}).catch(e => { throw lost(e, signal); });
   if (answer.ok) return answer;
-  const says = await answer.json().then(a => a.error.message, () => `${answer.status} ${answer.statusText}`), wait = +answer.headers.get("Retry-After") || 0;
   if (answer.status == 401) {
     if (used == key) await (asked ??= typed());
     return ask(path, body, signal);
   }
-  throw Object.assign(Error(answer.status == 429 ? `The server has too much to do just now. Try again${wait ? ` in ${wait} second${wait > 1 ? "s" : ""}` : " a little later"}.` :
-    answer.status == 404 ? `The server says: ${says} It may have another model now; reload this page.` : `The server says: ${says}`), {wait: answer.status == 429 && (wait || 1)});
+  if ([429, 503].includes(answer.status)) {
+    const wait = +answer.headers.get("Retry-After") || 1;
+    throw Object.assign(Error(`The server has too much to do just now. Try again in ${wait} second${wait > 1 ? "s" : ""}.`), {wait});
+  }
+  throw Error(`The server says: ${await answer.json().then(a => a.error.message, () => `${answer.status} ${answer.statusText}`)}${answer.status == 404 ? " Reload this page." : ""}`);
 }
 
 const lost = (e, signal) => signal?.aborted ? e : Error("The connection to the server is lost. Is it still running? Try again.");
