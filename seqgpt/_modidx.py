@@ -291,6 +291,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'seqgpt.inference.Decoder.__call__': ('inference.html#decoder.__call__', 'seqgpt/inference.py'),
                                   'seqgpt.inference.Decoder.__init__': ('inference.html#decoder.__init__', 'seqgpt/inference.py'),
                                   'seqgpt.inference.Decoder.layers': ('inference.html#decoder.layers', 'seqgpt/inference.py'),
+                                  'seqgpt.inference.Decoder.make_room': ('inference.html#decoder.make_room', 'seqgpt/inference.py'),
                                   'seqgpt.inference.Decoder.step': ('inference.html#decoder.step', 'seqgpt/inference.py'),
                                   'seqgpt.inference.Decoder.whole': ('inference.html#decoder.whole', 'seqgpt/inference.py'),
                                   'seqgpt.inference.Sample': ('inference.html#sample', 'seqgpt/inference.py'),

@@ -163,7 +163,7 @@ def in_place_attention(
 
 AttentionInterface.register("onnx_in_place", in_place_attention)
 
-# %% ../nbs/08_export.ipynb #69fd6a85
+# %% ../nbs/08_export.ipynb #35e3e223
 DTYPES = {torch.int64: np.int64, torch.float32: np.float32}
 
 class OnnxDecoder(Decoder):
@@ -183,8 +183,8 @@ class OnnxDecoder(Decoder):
         "New tokens of each sequence, (sequences, new) or (sequences,)."
         sequences, in_place = len(self.padding), self.model.cache == "in place"
         ids, past = ids.reshape(sequences, -1).contiguous(), torch.as_tensor(self.length).view(-1, 1) # (1, 1), or (sequences, 1)
-        total, room = int(past.max()) + ids.shape[1], self.kept[0].shape[2] if self.kept else 0
-        if in_place and total > room: self.kept = [F.pad(k, (0, 0, 0, total + 100 - room)) for k in self.kept]
+        total = int(past.max()) + ids.shape[1]
+        if in_place: self.make_room(total)
         before = [k[:sequences] for k in self.kept]
         if not in_place: before, self.kept = [k[:, :, :int(past)].contiguous() for k in before], [k.new_empty(*k.shape[:2], total, k.shape[3]) for k in before]
         if (there := [(k.data_ptr(), k.shape) for k in before]) != self.bound:

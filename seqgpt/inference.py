@@ -6,14 +6,14 @@
 __all__ = ['encode_prompt', 'next_logits', 'next_tokens', 'likeliest', 'text_bars', 'plot_next', 'linear', 'Decoder',
            'decoder_for', 'chooser', 'stream', 'Sample', 'Samples', 'generate', 'decode_sample', 'completions']
 
-# %% ../nbs/05_inference.ipynb #0f5e2c88
+# %% ../nbs/05_inference.ipynb #fade5b40
 import difflib
 from base64 import b64encode
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from io import BytesIO
-from itertools import islice
+from itertools import cycle, islice
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -95,7 +95,7 @@ def plot_next(
     ax.invert_yaxis()
     return fig
 
-# %% ../nbs/05_inference.ipynb #51b487c6
+# %% ../nbs/05_inference.ipynb #ebf48c5f
 def linear(
     x: torch.Tensor, # (sequences, in)
     weight: torch.Tensor, # (in, out), as GPT-2 has it
@@ -143,7 +143,7 @@ class Decoder:
         at, gpt, sequences, heads = self.length, self.model.transformer, len(token), self.model.config.n_head
         last = torch.as_tensor(at, device=token.device).view(-1, 1) # (1, 1), or (sequences, 1)
         rows, total = slice(sequences) if isinstance(at, int) else torch.arange(sequences), int(last.max()) + 1
-        if total > self.kept[0].shape[-1]: self.kept = [F.pad(k, (0, 100) if n % 2 == 0 else (0, 0, 0, 100)) for n, k in enumerate(self.kept)] # full: room for a hundred more
+        self.make_room(total)
         place = torch.arange(total, device=token.device)
         mask = torch.zeros(sequences, total, dtype=gpt.wte.weight.dtype, device=token.device).masked_fill((place < self.padding[:, None]) | (place > last), -torch.inf).repeat_interleave(heads, 0)[:, None]
         norm = lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, gpt.ln_f.eps)
@@ -156,6 +156,12 @@ class Decoder:
             x = x + linear(block.mlp.act(linear(norm(x, *ln_2), *c_fc)), *mlp_proj)
         self.length = at + 1
         return self.model.lm_head(gpt.ln_f(x))
+
+    def make_room(self,
+        tokens: int, # That must fit
+    ):
+        "Where there is too little room for keys and values, makes enough, and for a hundred tokens more."
+        if (lacking := tokens - self.kept[0].shape[self.token_axes[0]]) > 0: self.kept = [F.pad(k, (0, 0)*(3 - axis) + (0, lacking + 100)) for k, axis in zip(self.kept, cycle(self.token_axes))]
 
     @cached_property
     def layers(self):

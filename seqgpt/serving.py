@@ -9,10 +9,11 @@ __all__ = ['Prompts', 'event', 'HEADERS', 'server_for', 'running', 'Busy', 'Cont
            'Wrong', 'Error', 'prompt_scores', 'Service', 'until_gone', 'Writer', 'merge', 'answered', 'Guard',
            'make_app', 'serve']
 
-# %% ../nbs/09_serving.ipynb #1eb48c6a
+# %% ../nbs/09_serving.ipynb #dd1d51ea
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import socket
 import threading
@@ -48,7 +49,7 @@ from .inference import Decoder, chooser, decoder_for, encode_prompt
 from .model import KINDS
 from .tokenizer import InputError
 
-# %% ../nbs/09_serving.ipynb #7fa34958
+# %% ../nbs/09_serving.ipynb #cf42096d
 def server_for(
     app: FastAPI,
     host: str = "127.0.0.1", # Address to listen on
@@ -57,7 +58,7 @@ def server_for(
 ) -> tuple: # A uvicorn server, its socket, its address
     "What `serve` and `running` start; raises `InputError` where the address cannot be had."
     try: listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as e: raise InputError(f"Cannot listen on {host} port {port}: {getattr(e, 'strerror', None) or e}. Choose another --port or --host.") from e
+    except (OSError, OverflowError) as e: raise InputError(f"Cannot listen on {host} port {port}: {os.strerror(e.errno) if getattr(e, 'errno', None) else e}. Choose another --port or --host.") from e
     config = uvicorn.Config(app, log_level=log_level, server_header=False, limit_concurrency=1000, timeout_graceful_shutdown=30, h11_max_incomplete_event_size=2**16)
     return uvicorn.Server(config), listening, f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
@@ -75,7 +76,7 @@ def running(
         server.should_exit = True
         thread.join()
 
-# %% ../nbs/09_serving.ipynb #3537d53e
+# %% ../nbs/09_serving.ipynb #06fad08d
 @patch
 def by_token(self: Decoder): # (sequences, tokens, ...) each
     "Views of what is kept."
@@ -88,10 +89,8 @@ def join(self: Decoder,
     most: int, # How many sequences there can be
 ):
     "Takes in sequences of `other`, without their padding, as the last ones."
-    if not self.kept:
-        sides = lambda k, place: [most if axis == 0 else self.model.config.n_positions if axis == place else n for axis, n in enumerate(k.shape)]
-        self.kept = [k.new_zeros(sides(k, place)) for k, place in zip(other.kept, cycle(self.token_axes))]
-        self.length = other.padding[:0]
+    if not self.kept: self.kept, self.length = [k.new_zeros(most, *k.shape[1:]) for k in other.kept], other.padding[:0]
+    self.make_room(other.length)
     first, skipped, lengths = len(self.length), other.padding.tolist(), other.length - other.padding
     for mine, theirs in zip(self.by_token(), other.by_token()):
         for k, row in enumerate(rows, first): mine[k, :lengths[row]] = theirs[row, skipped[row]:other.length]

