@@ -113,8 +113,9 @@ def test_a_drawn_digit_is_continued_as_generate_does(digits, page):
             assert added(page) == drawn[-1] + ["…"]*(not sample.finished)
             says(page, digits, sample.tokens[:78]) # with <bos> and <eos> there is room for no more
         assert len({*map(tuple, drawn)}) == 4
-        page.get_by_label("Step").fill("4")
-        says(page, digits, prompt + drawn[3][:5])
+        for step in (3, 4):
+            page.get_by_label("Step").fill(str(step))
+            says(page, digits, prompt + drawn[3][:step + 1])
         expect(page.locator("#of")).to_have_text("Of continuation 4, as far as it is shown")
 
 
