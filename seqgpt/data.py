@@ -268,7 +268,7 @@ def write_arrow(
             if len(held) == batch: write(held); held = []
         if held: write(held)
 
-# %% ../nbs/01_data.ipynb #1967e7eb
+# %% ../nbs/01_data.ipynb #73dc1b14
 @contextlib.contextmanager
 def written_whole(
     path: str | Path, # A file, or a folder
@@ -279,7 +279,10 @@ def written_whole(
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        for p in (*part.rglob("*"), part): sync(p)
+        os.umask(mask := os.umask(0o22))
+        for p in (*part.rglob("*"), part):
+            if p.is_file(): p.chmod(0o666 & ~mask) # safetensors lets none but the owner read
+            sync(p)
         swap(part, path) if path.is_dir() else os.replace(part, path)
         sync(path.parent)
     except Exception as e: # an error of the disk is to name the file that could not be written; libraries in Rust have their own errors

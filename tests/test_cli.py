@@ -30,6 +30,7 @@ def test_outputs_are_complete(trained):
     model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
              "vocab.json", "merges.txt", "config.yaml", "metrics.json", "README.md"}
     assert model <= {p.name for p in (trained/"outputs/best_model").iterdir()}
+    assert len({p.stat().st_mode for p in (trained/"outputs/best_model").iterdir() if p.is_file()}) == 1 # who may read one may read all
     assert model == {p.name for p in (trained/"outputs/final_model").iterdir()}
     for name in ("training_curves.png", "samples.jsonl", "split.json", "config.yaml", "best_model/evaluation/metrics.json", "best_model/evaluation/evaluation.png"):
         assert (trained/"outputs"/name).stat().st_size > 0, name
