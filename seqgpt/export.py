@@ -279,7 +279,7 @@ def to_int8(
     with quiet(): quantize_dynamic(proto, path, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
     onnx.checker.check_model(onnx.load(path))
 
-# %% ../nbs/08_export.ipynb #8dbb01ec
+# %% ../nbs/08_export.ipynb #73fbdf1a
 SHIPPED = Path(seqgpt.__file__).parent/"exported" # what exported folders and pages are made of
 LARGEST_PAGE = 2**28 # bytes of the model in one
 
@@ -297,7 +297,10 @@ def write_page(
             "digits": digits_shape(vocab), "positions": config["n_positions"], "file": file.name, "bytes": size, "model": text(gzip.compress(file.read_bytes(), mtime=0)),
             "runtime": text((SHIPPED/"ort.wasm.bundle.min.mjs.gz").read_bytes()), "wasm": text((SHIPPED/"ort-wasm-simd-threaded.wasm.gz").read_bytes()),
             "licence": (SHIPPED/"LICENSE").read_text(encoding="utf-8")}
-    page = (SHIPPED/"page.html").read_text(encoding="utf-8").replace("{{data}}", json.dumps(data).replace("<", "\\u003c")) # a symbol may be </script>
+    page, filled = (SHIPPED/"page.html").read_text(encoding="utf-8"), {
+        "policy": "default-src 'none'; script-src 'unsafe-inline' 'wasm-unsafe-eval' blob:; style-src 'unsafe-inline'; img-src data:",
+        "engine": (SHIPPED/"engine_onnx.js").read_text(encoding="utf-8"), "data": json.dumps(data).replace("<", "\\u003c")} # a symbol may be </script>
+    for name, value in filled.items(): page = page.replace(f"{{{{{name}}}}}", value)
     with written_whole(out) as part: part.write_text(page, encoding="utf-8")
 
 # %% ../nbs/08_export.ipynb #08a63e88

@@ -1,0 +1,300 @@
+"The page of the service: what it shows is what the service says, and what goes wrong is said in words."
+import asyncio
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from browser import browser
+from playwright.sync_api import expect
+from test_page import BREAKS, DIGITS, MELODY, added, bars, given, goes, greedy, percent, talker, true_bars
+from transformers import GPT2Config, GPT2ForSequenceClassification
+
+from seqgpt.classification import predict
+from seqgpt.inference import encode_prompt, generate, next_logits
+from seqgpt.serving import Busy, Service, make_app, running
+from seqgpt.tokenizer import make_tokenizer
+
+CLASSES = ["</ul><b>", "ja zz", *"23456789"]
+
+
+@pytest.fixture(scope="module")
+def made():
+    "The same two models with two vocabularies."
+    model = talker()
+    config = GPT2Config(vocab_size=len(MELODY), n_positions=80, n_layer=1, n_head=2, n_embd=16, initializer_range=1.0, pad_token_id=3, id2label=dict(enumerate(CLASSES)), label2id={c: k for k, c in enumerate(CLASSES)})
+    classifier = GPT2ForSequenceClassification(config).eval()
+    return {name: SimpleNamespace(model=model, classifier=classifier, vocab=vocab, tokenizer=make_tokenizer({s: i for i, s in enumerate(vocab)})) for name, vocab in (("digits", DIGITS), ("melody", MELODY))}
+
+
+@pytest.fixture
+def digits(made): return made["digits"]
+
+
+@pytest.fixture
+def melody(made): return made["melody"]
+
+
+@pytest.fixture(scope="module")
+def tab():
+    with browser() as page: yield page
+
+
+@pytest.fixture
+def page(tab):
+    "Nothing goes wrong on it, other than what a test says."
+    tab.set_viewport_size({"width": 1280, "height": 900})
+    tab.wrong.clear()
+    yield tab
+    wrong = [*tab.wrong]
+    tab.goto("about:blank")
+    assert wrong == []
+
+
+@contextmanager
+def served(made, page, ready="Ready.", key=None):
+    "A service with its page open."
+    service = Service((made.model, made.tokenizer), (made.classifier, made.tokenizer))
+    with running(make_app(service, key)) as url:
+        answer = page.goto(url)
+        assert "default-src 'none'; script-src 'sha256-" in answer.headers["content-security-policy"]
+        expect(page.get_by_role("status")).to_have_text(ready)
+        if not key: expect(page.locator("#where")).to_contain_text("Token")
+        service.url = url
+        try: yield service
+        finally:
+            vars(service.engine).pop("turn", None)
+            page.goto("about:blank") # whatever is still under way ends
+
+
+def hold(engine, steps):
+    "Lets the engine make so many more steps, and from then on only do other work, until its own `turn` is back."
+    turn, last = engine.turn, engine.steps + steps
+    def held():
+        if engine.steps < last: turn()
+        elif engine.work: (job := engine.work.popleft())[0].set_result(job[1]())
+        else: time.sleep(0.005)
+    engine.turn = held
+
+
+def behind(made, page, tokens):
+    "Waits for the bars of what comes behind given tokens."
+    expect(page.locator("#where")).to_have_text(f"Token {len(tokens) + 1}, behind {tokens[-1]}")
+    return next_logits(made.model, encode_prompt(made.tokenizer, tokens))
+
+
+def says(page, made, tokens):
+    "The panel says what the classifier makes of a beginning."
+    scores = predict(made.classifier, made.tokenizer, [[*encode_prompt(made.tokenizer, tokens), made.tokenizer.eos_token_id]])[0]
+    expect(page.locator("#classes li")).to_have_text([f"{c}{percent(x)}" for c, x in zip(CLASSES, torch.tensor(scores).softmax(-1).tolist())])
+
+
+def test_a_drawn_digit_is_continued_as_generate_does(digits, page):
+    with served(digits, page):
+        canvas = page.get_by_label("Drawing of 8 by 8 pixels")
+        page.get_by_role("button", name="Clear").click()
+        page.get_by_label("Rows given").fill("3")
+        box = canvas.bounding_box()
+        at = lambda column, row: (box["x"] + box["width"]*(column + .5)/8, box["y"] + box["height"]*(row + .5)/8)
+        page.mouse.move(*at(2, 0))
+        page.mouse.down()
+        page.mouse.move(*at(2, 3), steps=5)
+        page.mouse.up()
+        page.get_by_label("Top-k").fill("9")
+        page.get_by_label("Seed").fill("7")
+        goes(page)
+        prompt, drawn = given(page), []
+        assert [s[6:] for s in prompt[2::8]] == ["g1"]*4 and len(prompt) == 32
+        for way in range(4):
+            page.get_by_label(f"Continuation {way + 1}").check()
+            sample = generate(digits.model, digits.tokenizer, [prompt], temperature=1, top_k=9, top_p=0.9, seed=7 + way)[0]
+            drawn.append(sample.tokens[32:])
+            assert added(page) == drawn[-1] + ["…"]*(not sample.finished)
+            says(page, digits, sample.tokens[:78]) # with <bos> and <eos> there is room for no more
+        assert len({*map(tuple, drawn)}) == 4
+        for step in (3, 4):
+            page.get_by_label("Step").fill(str(step))
+            says(page, digits, prompt + drawn[3][:step + 1])
+        expect(page.locator("#of")).to_have_text("Of continuation 4, as far as it is shown")
+
+
+def test_keyboard_alone(digits, page):
+    with served(digits, page):
+        press = lambda *keys: [page.keyboard.press(k) for k in keys]
+        page.get_by_role("button", name="Clear").press("Enter")
+        press(*["Shift+Tab"]*3, "Home", "ArrowRight", "Shift+Tab", "ArrowDown", "ArrowRight", " ") # one row is given; a second with a pixel in it
+        expect(page.locator("#place")).to_have_text("Row 2, column 2: ink")
+        prompt = [f"r00c0{k}g0" for k in range(8)] + [f"r01c0{k}g{int(k == 1)}" for k in range(8)]
+        says(page, digits, prompt)
+        expect(page.locator("#of")).to_have_text("Of what is given")
+        page.get_by_label("Temperature").press("Home")
+        page.get_by_label("Rows given").focus()
+        press(*["Tab"]*4, "Enter")
+        expect(page.get_by_role("status")).to_contain_text("Done: the most probable continuation")
+        assert given(page) == prompt and added(page) == greedy(digits, prompt)
+
+
+def test_bars_show_the_model_and_the_settings(melody, page):
+    with served(melody, page):
+        page.get_by_role("combobox").fill("C4 D4 C4")
+        scores = behind(melody, page, ["C4", "D4", "C4"])
+        for temperature, top_k, top_p in ((1, 0, 1), (2, 0, 0.5), (1.5, 6, 0.9)):
+            for name, value in (("Temperature", temperature), ("Top-k", top_k), ("Top-p", top_p)): page.get_by_label(name).fill(str(value))
+            assert bars(page) == true_bars(melody, scores, temperature, top_k, top_p)
+        page.get_by_label("Temperature").fill("0")
+        new = goes(page)
+        page.get_by_label("Top-k").fill("0")
+        page.get_by_label("Temperature").fill("2") # what streamed has only the most probable symbols; now there are all of them
+        for step in (0, 2, 5):
+            page.get_by_label("Step").fill(str(step))
+            expected = true_bars(melody, behind(melody, page, ["C4", "D4", "C4", *new[:step]]), 2, 0, 0.9)
+            expect(page.locator("#bars td:last-child")).to_have_text([p for _, p, _ in expected])
+            for cell, (_, _, drawn) in zip(page.locator("#bars td:last-child").all(), expected): expect(cell).to_have_attribute("title", drawn)
+
+
+def test_it_shows_what_streams_and_stop_frees_the_place(digits, page):
+    with served(digits, page) as service:
+        asked, at_once, classify = [], [0], service.classify
+        async def counted(body):
+            asked.append(body)
+            at_once.append(at_once[-1] + 1)
+            await asyncio.sleep(0.2) # meanwhile the page wants to know more
+            try: return await classify(body)
+            finally: at_once.append(at_once[-1] - 1)
+        service.classify = counted
+        prompt = given(page)
+        hold(service.engine, 20)
+        page.get_by_role("button", name="Continue", exact=True).click()
+        expect(page.get_by_label("Step")).to_have_attribute("max", "19")
+        expect(page.get_by_role("status")).to_have_text("Drawing …")
+        new = added(page)[:-1]
+        assert len(prompt) == 32 and len(new) == 20
+        assert [r[:2] for r in bars(page)[:4]] == [r[:2] for r in true_bars(digits, behind(digits, page, prompt + new[:-1]))[:4]] # the fifth may be the one drawn
+        expect(page.locator("#of")).to_have_text("Of continuation 1, as far as it is shown") # while it goes on
+        assert service.engine.running and service.engine.tokens < 4*30
+        page.get_by_role("button", name="Stop", exact=True).click()
+        expect(page.get_by_role("status")).to_have_text("Stopped.")
+        del service.engine.turn
+        says(page, digits, prompt + added(page)[:-1])
+        while service.engine.running: page.wait_for_timeout(10)
+        assert service.engine.tokens < 4*30
+        goes(page)
+        assert max(at_once) == 1 and len(asked) < 12
+
+
+def test_a_later_run_ends_an_earlier_one(digits, page):
+    with served(digits, page) as service:
+        hold(service.engine, 5)
+        page.get_by_role("button", name="Continue", exact=True).click()
+        expect(page.get_by_label("Step")).to_have_attribute("max", "4")
+        first = [*service.engine.running]
+        page.get_by_role("button", name="Others").click()
+        expect(page.get_by_role("status")).to_have_text("Drawing …")
+        while not all(c.gone for c in first): page.wait_for_timeout(10)
+        del service.engine.turn
+        expect(page.get_by_role("status")).to_contain_text("Done")
+        assert added(page) != [] and page.get_by_label("Seed").input_value() == "2"
+        assert added(page)[:-1] == generate(digits.model, digits.tokenizer, [given(page)], top_p=0.9, seed=2)[0].tokens[32:][:len(added(page)) - 1]
+
+
+def test_any_sequence_and_hostile_symbols(melody, page):
+    with served(melody, page):
+        field = page.get_by_role("combobox")
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("New tokens").fill("12")
+        for prompt in ("", f"[START] {BREAKS} 音🎵 {{{{data}}}} <!-- &lt; \"\\u003c <unk>"):
+            field.fill(prompt)
+            assert goes(page) == greedy(melody, prompt, 12)
+            assert given(page) == prompt.replace("[START] ", "").split()
+            says(page, melody, [*given(page), *[s for s in added(page) if s != "…"]])
+        assert page.locator("img, b").count() == 0 and page.title() == "Continue a sequence"
+        field.fill("C4 H9")
+        expect(page.get_by_role("alert")).to_have_text("Symbol 2, H9, is not in the vocabulary.")
+        field.fill("C4 D")
+        assert page.locator("#completions option").evaluate_all("all => all.map(o => o.value)") == ["C4 D4"]
+        page.locator("#bars button").first.click() # the one behind what could be read last
+
+
+def test_a_key_is_asked_for_and_kept_while_the_tab_is_open(melody, page):
+    with served(melody, page, ready="The server asks for a key.", key="swordfish"):
+        field, use = page.get_by_label("Key"), page.get_by_role("button", name="Use it")
+        expect(field).to_be_focused()
+        field.fill("mackerel")
+        use.click()
+        expect(page.get_by_role("status")).to_have_text("The server does not take this key.")
+        field.fill("swordfish")
+        field.press("Enter")
+        expect(page.get_by_role("status")).to_have_text("Ready.")
+        expect(field).to_be_hidden()
+        assert goes(page)
+        page.reload()
+        expect(page.get_by_role("status")).to_have_text("Ready.")
+        expect(field).to_be_hidden()
+        assert "swordfish" not in page.url and page.evaluate("localStorage.length + document.cookie.length") == 0
+        assert all("401" in w for w in page.wrong)
+        page.wrong.clear() # browsers note each refusal on their console
+
+
+def test_what_goes_wrong_is_said(melody, page):
+    with served(melody, page) as service:
+        status, say = page.get_by_role("status"), lambda text: expect(status).to_have_text(text)
+        go = page.get_by_role("button", name="Continue", exact=True)
+        def full(some): raise Busy
+        service.engine.submit = full
+        go.click()
+        say("The server has too much to do just now. Try again in 1 second.")
+        del service.engine.submit
+        goes(page)
+
+        page.get_by_label("Seed").evaluate("seed => seed.value = -1")
+        go.click()
+        say("The server says: seed: Input should be greater than or equal to 0.")
+        page.get_by_label("Seed").fill("1")
+
+        choose, steps = service.engine.choose, service.engine.steps
+        def fails(logits):
+            if service.engine.steps - steps < 6: return choose(logits)
+            raise RuntimeError("on purpose")
+        service.engine.choose = fails
+        go.click()
+        say("The server says: The model failed; the log of the server says how.")
+        assert len(added(page)) == 6 # five, and that it would go on: what was there stays
+        del service.engine.choose
+        goes(page)
+
+        service.engine.do = full
+        page.get_by_role("combobox").fill("C4 D4")
+        behind(melody, page, ["C4", "D4"])
+        page.wait_for_timeout(300)
+        expect(page.locator("#of")).to_have_text("Of continuation 1, as far as it is shown") # still that of before
+        del service.engine.do
+        says(page, melody, ["C4", "D4"]) # it was asked again
+
+        page.route("**/v1/completions", lambda route: route.fulfill(body='data: {"choices": []}\n\n')) # and no more
+        go.click()
+        say("The connection to the server is lost. Is it still running? Try again.")
+        page.unroute("**/v1/completions")
+        goes(page)
+    page.wrong.clear()
+
+
+def test_a_server_that_is_gone(digits, page):
+    with running(make_app(Service((digits.model, digits.tokenizer)))) as url:
+        page.goto(url)
+        expect(page.get_by_role("status")).to_have_text("Ready.")
+        assert page.locator("#opinion").is_hidden() # there is no classifier
+    page.get_by_role("button", name="Continue", exact=True).click()
+    expect(page.get_by_role("status")).to_have_text("The connection to the server is lost. Is it still running? Try again.")
+    expect(page.get_by_role("button", name="Continue", exact=True)).to_be_enabled()
+    page.wrong.clear()
+
+
+@pytest.mark.parametrize("name", ["digits", "melody"])
+def test_it_fits_on_a_telephone(made, page, name):
+    page.set_viewport_size({"width": 320, "height": 640})
+    with served(made[name], page):
+        goes(page)
+        says(page, made[name], (given(page) + [s for s in added(page) if s != "…"])[:78])
+        page.locator("details").evaluate_all("all => all.forEach(d => d.open = true)")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
