@@ -394,6 +394,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'seqgpt.serving.answered': ('serving.html#answered', 'seqgpt/serving.py'),
                                 'seqgpt.serving.distribute': ('serving.html#distribute', 'seqgpt/serving.py'),
                                 'seqgpt.serving.make_app': ('serving.html#make_app', 'seqgpt/serving.py'),
+                                'seqgpt.serving.make_page': ('serving.html#make_page', 'seqgpt/serving.py'),
                                 'seqgpt.serving.merge': ('serving.html#merge', 'seqgpt/serving.py'),
                                 'seqgpt.serving.prompt_scores': ('serving.html#prompt_scores', 'seqgpt/serving.py'),
                                 'seqgpt.serving.read_prompts': ('serving.html#read_prompts', 'seqgpt/serving.py'),

@@ -7,13 +7,16 @@ __all__ = ['Prompts', 'event', 'HEADERS', 'server_for', 'running', 'Busy', 'Cont
            'ModelRequest', 'StreamOptions', 'CompletionRequest', 'SequencesRequest', 'Refused', 'wrong', 'read_prompts',
            'Logprobs', 'Choice', 'Usage', 'Completion', 'Score', 'Scores', 'Class', 'Classes', 'Model', 'Models',
            'Vocabulary', 'Wrong', 'Error', 'prompt_scores', 'Service', 'until_gone', 'Writer', 'merge', 'answered',
-           'Guard', 'make_app', 'serve']
+           'make_page', 'Guard', 'make_app', 'serve']
 
-# %% ../nbs/09_serving.ipynb #dd1d51ea
+# %% ../nbs/09_serving.ipynb #b994650f
 import asyncio
+import base64
 import contextlib
+import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -25,13 +28,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import cycle
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastcore.basics import patch
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -723,7 +727,16 @@ def vocabulary(self: Service) -> dict:
     classes = [*self.models["classification"][0].config.label2id] if "classification" in self.models else None
     return {"model": name, "symbols": tokenizer.convert_ids_to_tokens(range(len(tokenizer))), **special, "positions": model.config.n_positions, "digits": digits_shape(tokenizer.get_vocab()), "classes": classes, "most_sequences": self.engine.most_waiting}
 
-# %% ../nbs/09_serving.ipynb #df60c4e4
+# %% ../nbs/09_serving.ipynb #10829a49
+def make_page() -> tuple[str, str]: # HTML; the Content-Security-Policy that goes with it
+    "The page: the one of `seqgpt.export`, with the service as its engine. A browser that knows the policy runs nothing else, and asks nobody else."
+    folder = Path(seqgpt.__file__).parent/"exported"
+    html = (folder/"page.html").read_text(encoding="utf-8")
+    for name, text in {"policy": "", "engine": (folder/"engine_http.js").read_text(encoding="utf-8"), "data": ""}.items(): html = html.replace(f"{{{{{name}}}}}", text)
+    script, style = (base64.b64encode(hashlib.sha256(re.search(part, html, re.S)[1].encode()).digest()).decode() for part in ('<script type="module">(.*?)</script>', "<style>(.*?)</style>"))
+    return html, f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+# %% ../nbs/09_serving.ipynb #ba8b0606
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY", "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"} # the page has a policy of its own
 
@@ -813,6 +826,10 @@ def make_app(
 
     @app.get("/metrics", response_class=Response, **locked)
     async def metrics(): return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+
+    html, policy = make_page()
+    @app.get("/", response_class=HTMLResponse)
+    async def page(): return HTMLResponse(html, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
 
     @app.get("/healthz", responses=described)
     async def health():
