@@ -34,13 +34,15 @@ def api(module: str, name: str) -> str:
     symbol = importlib.import_module(module)
     for part in name.split("."): symbol = getattr(symbol, part)
     kind = "class" if inspect.isclass(symbol) else "method" if "." in name else "function"
-    source = symbol if kind != "class" or is_dataclass(symbol) else vars(symbol).get("__init__")
+    described = getattr(symbol, "model_fields", {}) # of pydantic
+    source = symbol if kind != "class" or is_dataclass(symbol) or described else vars(symbol).get("__init__")
     if source is None: return f"````{{py:class}} {name}\n{inspect.getdoc(symbol)}\n````"
     node = ast.parse(dedent(inspect.getsource(source))).body[0]
     if kind == "class" and source is symbol: typed = {f.target.id: f.annotation for f in node.body if isinstance(f, ast.AnnAssign)}
     else: typed = {**{a.arg: a.annotation for a in ast.walk(node.args) if isinstance(a, ast.arg)}, "return": node.returns}
     types = {n: f"`{ast.unparse(annotation)}`" for n, annotation in typed.items() if annotation} # as they are written in the code
-    about, rows, names = docments(source, args_kwargs=True), [row("", "type", "default", ""), "|---|---|---|---|"], []
+    about = {n: field.description for n, field in described.items()} or docments(source, args_kwargs=True)
+    rows, names = [row("", "type", "default", ""), "|---|---|---|---|"], []
     for n, p in inspect.signature(source).parameters.items():
         if n == "self": continue
         names.append(STARS.get(p.kind, "") + n)

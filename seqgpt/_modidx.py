@@ -351,6 +351,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'seqgpt.serving.Engine.do': ('serving.html#engine.do', 'seqgpt/serving.py'),
                                 'seqgpt.serving.Engine.forget': ('serving.html#engine.forget', 'seqgpt/serving.py'),
                                 'seqgpt.serving.Engine.leave': ('serving.html#engine.leave', 'seqgpt/serving.py'),
+                                'seqgpt.serving.Engine.queued': ('serving.html#engine.queued', 'seqgpt/serving.py'),
                                 'seqgpt.serving.Engine.run': ('serving.html#engine.run', 'seqgpt/serving.py'),
                                 'seqgpt.serving.Engine.start': ('serving.html#engine.start', 'seqgpt/serving.py'),
                                 'seqgpt.serving.Engine.submit': ('serving.html#engine.submit', 'seqgpt/serving.py'),

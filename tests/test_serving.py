@@ -1,0 +1,603 @@
+"The service: what clients of the OpenAI API get is what Transformers computes; whatever else is sent gets an answer in words, and nothing stays occupied."
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+import torch
+from conftest import refused, seqgpt
+from prometheus_client.parser import text_string_to_metric_families
+from test_page import MELODY, talker
+from transformers import GPT2Config, GPT2ForSequenceClassification
+
+from seqgpt.export import OnnxModel, to_onnx
+from seqgpt.inference import generate
+from seqgpt.serving import HEADERS, Service, make_app, running
+from seqgpt.tokenizer import InputError, make_tokenizer, save_tokenizer
+
+BOS, EOS, SPECIAL = 1, 8, {1, 3, 8, 11}
+PLAIN = [i for i in range(len(MELODY)) if i not in SPECIAL]
+CLASSES = ["up", "down", "</b>"]
+
+
+@pytest.fixture(scope="module")
+def made():
+    "A language model and a classifier that have learnt nothing, but are sure of themselves; and their tokenizer."
+    model, tokenizer = talker(), make_tokenizer({s: i for i, s in enumerate(MELODY)})
+    config = GPT2Config(vocab_size=len(MELODY), n_positions=80, n_layer=1, n_head=2, n_embd=16, initializer_range=1.0, pad_token_id=3, id2label=dict(enumerate(CLASSES)), label2id={c: k for k, c in enumerate(CLASSES)})
+    return SimpleNamespace(model=model, tokenizer=tokenizer, classifier=GPT2ForSequenceClassification(config).eval())
+
+
+@contextmanager
+def served(made, key=None, hosts=["*"], **limits):
+    "A service: `url`, `http` and `openai` are its address and two clients of it."
+    service = Service((made.model, made.tokenizer), (made.classifier, made.tokenizer), {"clm": "melody", "classification": "mood"}, **limits)
+    with running(make_app(service, key, hosts)) as url, httpx.Client(base_url=url, timeout=60) as http, openai.OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0) as client:
+        service.url, service.http, service.openai = url, http, client
+        yield service
+
+
+@pytest.fixture(scope="module")
+def service(made):
+    with served(made) as service: yield service
+
+
+def state(service): return service.http.get("/healthz").json()
+
+
+def free(service):
+    "Waits until nothing is under way."
+    until = time.monotonic() + 20
+    while state(service) != {"status": "ok", "running": 0, "waiting": 0}:
+        assert time.monotonic() < until, state(service)
+        time.sleep(0.01)
+
+
+def some(n=6, seed=0):
+    "Prompts of different lengths, as ids without <bos>."
+    dice = np.random.default_rng(seed)
+    return [dice.choice(PLAIN, dice.integers(1, 40)).tolist() for _ in range(n)]
+
+
+def names(ids): return [MELODY[i] for i in ids]
+def text(ids): return " ".join(names(ids))
+def drawn(made, ids, **fields): return generate(made.model, made.tokenizer, [names(ids)], **fields)[0].tokens[len(ids):] # without </s>
+def said(choice): return [s for s in names(choice["token_ids"]) if s != "</s>"]
+
+
+def scores(model, ids):
+    "Log-probabilities behind each token of a sequence, by Transformers."
+    with torch.no_grad(): return model(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+# ---- completions ----
+
+def test_greedy_completions_are_those_of_transformers(made, service):
+    for ids in some():
+        with torch.no_grad(): expected = made.model.generate(torch.tensor([[BOS, *ids]]), do_sample=False, max_new_tokens=79 - len(ids), bad_words_ids=[[1], [3], [11]], pad_token_id=3)[0, 1 + len(ids):].tolist()
+        answer = service.openai.completions.create(model="melody", prompt=text(ids), temperature=0)
+        choice, ended = answer.choices[0], expected[-1] == EOS
+        assert choice.text == " " + text(expected[:-1] if ended else expected) and choice.finish_reason == ("stop" if ended else "length")
+        assert answer.object == "text_completion" and answer.model == "melody" and answer.id.startswith("cmpl-") and abs(answer.created - time.time()) < 60
+        assert answer.usage.model_dump(include={"prompt_tokens", "completion_tokens", "total_tokens"}) == {"prompt_tokens": 1 + len(ids), "completion_tokens": len(expected), "total_tokens": 1 + len(ids) + len(expected)}
+
+
+def test_strings_ids_and_lists_of_either_are_the_same(made, service):
+    prompts = some(3)
+    ask = lambda prompt: [c.text for c in service.openai.completions.create(model="melody", prompt=prompt, seed=5, n=2, top_p=0.8, max_tokens=20).choices]
+    expected = [t for p in prompts for t in ask(text(p))]
+    assert len({*expected}) == 6
+    for given in ([text(p) for p in prompts], prompts, [[BOS, *p] for p in prompts]): assert ask(given) == expected
+    assert ask(prompts[0]) == expected[:2]
+    for nothing in ("", [[]], [BOS], "[START]"): assert ask(nothing)[0].split() == drawn(made, [], seed=5, top_p=0.8, max_new_tokens=20)
+
+
+@pytest.mark.parametrize("fields", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.4, "temperature": 1.7}, {"repetition_penalty": 1.4}], ids=str)
+def test_samples_are_those_of_generate(made, service, fields):
+    ids = some(1, seed=3)[0]
+    own = {k: v for k, v in fields.items() if k in ("top_k", "repetition_penalty")}
+    answer = service.openai.completions.create(model="melody", prompt=ids, n=4, seed=11, max_tokens=30, **{k: v for k, v in fields.items() if k not in own}, extra_body=own)
+    for k, c in enumerate(answer.choices):
+        assert (c.index, c.text.split()) == (k, drawn(made, ids, seed=11 + k, max_new_tokens=30, **fields))
+    assert len({c.text for c in answer.choices}) > 1
+
+
+def test_without_a_seed_answers_differ(service):
+    assert len({service.openai.completions.create(model="melody", prompt="", max_tokens=10).choices[0].text for _ in range(5)}) > 1
+
+
+def test_log_probabilities_are_the_models_own(made, service):
+    ids = some(1, seed=4)[0]
+    answer = service.openai.completions.create(model="melody", prompt=ids, max_tokens=25, temperature=0.3, seed=1, logprobs=3, echo=True, extra_body={"return_token_ids": True, "prompt_logprobs": 2})
+    choice = answer.choices[0]
+    whole = [BOS, *choice.token_ids]
+    expected = scores(made.model, whole)
+    assert whole[:1 + len(ids)] == [BOS, *ids] == choice.prompt_token_ids
+    assert choice.logprobs.tokens == names(whole[1:])
+    assert np.allclose(choice.logprobs.token_logprobs, expected[range(len(whole) - 1), whole[1:]], atol=1e-4)
+    for found, row, token in zip(choice.logprobs.top_logprobs, expected, whole[1:]):
+        best = row.topk(3).indices.tolist()
+        assert [*found] == names(dict.fromkeys([*best, token])) and np.allclose([*found.values()], row[[*dict.fromkeys([*best, token])]], atol=1e-4)
+    for start, token in zip(choice.logprobs.text_offset, choice.logprobs.tokens): assert choice.text[start:].startswith(token) or token == "</s>"
+    assert choice.prompt_logprobs[0] is None
+    for found, row, token in zip(choice.prompt_logprobs[1:], expected, ids, strict=False):
+        assert {int(i) for i in found} == {token, *row.topk(2).indices.tolist()} and found[str(token)]["decoded_token"] == MELODY[token] and abs(found[str(token)]["logprob"] - row[token]) < 1e-4
+    plain = service.openai.completions.create(model="melody", prompt=ids, max_tokens=25, temperature=0.3, seed=1).choices[0]
+    assert choice.text == text(ids) + plain.text and plain.logprobs is None and not {"token_ids", "prompt_logprobs"} & plain.model_extra.keys()
+
+
+def test_a_prompt_alone_can_be_scored(made, service):
+    ids = some(1, seed=5)[0]
+    answer = service.openai.completions.create(model="melody", prompt=ids, max_tokens=0, echo=True, logprobs=0)
+    assert answer.choices[0].text == text(ids) and answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 0
+    assert np.allclose(answer.choices[0].logprobs.token_logprobs, scores(made.model, [BOS, *ids])[range(len(ids)), ids], atol=1e-4)
+
+
+def test_stops_end_a_continuation_before_they_are_seen(made, service):
+    full, ids = [], some(1, seed=6)[0]
+    full = drawn(made, ids, temperature=0, max_new_tokens=40)
+    for stop in (full[7], f"{full[5]} {full[6]} {full[7]}", ["N0 N0 N0 N0", f"{full[9]} {full[10]}"], ["</s>"]):
+        sought = [s.split() for s in ([stop] if isinstance(stop, str) else stop)]
+        at = next((k for k in range(len(full)) for s in sought if full[k:k + len(s)] == s), len(full))
+        for streamed in (False, True):
+            answer = service.openai.completions.create(model="melody", prompt=ids, temperature=0, max_tokens=40, stop=stop, stream=streamed)
+            parts = [*answer] if streamed else [answer]
+            assert "".join(p.choices[0].text for p in parts).split() == full[:at]
+            assert parts[-1].choices[0].finish_reason == ("stop" if at < len(full) else "length")
+
+
+@pytest.mark.parametrize("fields", [{}, {"echo": True, "logprobs": 2}, {"n": 3, "seed": 4, "stop": "N7"}, {"logprobs": 0, "extra_body": {"return_token_ids": True, "prompt_logprobs": 1}}, {"max_tokens": 0, "echo": True}], ids=str)
+def test_a_stream_is_the_answer_in_parts(service, fields):
+    fields = {"model": "melody", "prompt": [text(p) for p in some(2)], "seed": 9, "max_tokens": 30, **fields}
+    whole = service.openai.completions.create(**fields).model_dump()
+    parts = [p.model_dump() for p in service.openai.completions.create(**fields, stream=True, stream_options={"include_usage": True})]
+    assert len({p["id"] for p in parts}) == 1 and parts[-1]["choices"] == [] and parts[-1]["usage"] == whole["usage"] and not any(p["usage"] for p in parts[:-1])
+    for k, choice in enumerate(whole["choices"]):
+        own = [c for p in parts for c in p["choices"] if c["index"] == k]
+        assert "".join(c["text"] for c in own) == choice["text"] and [c["finish_reason"] for c in own] == [None]*(len(own) - 1) + [choice["finish_reason"]]
+        join = lambda get: [x for c in own for x in get(c) or []]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            if choice["logprobs"]: assert join(lambda c: c["logprobs"][name]) == (choice["logprobs"][name] or [])
+        for name in ("token_ids", "prompt_token_ids", "prompt_logprobs"): assert join(lambda c: c.get(name)) == (choice.get(name) or [])
+    if fields["max_tokens"]: assert len(parts) > 20
+
+
+def test_a_stream_is_server_sent_events_with_an_end(service):
+    with service.http.stream("POST", "/v1/completions", json={"prompt": "", "max_tokens": 3, "stream": True}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream") and answer.headers["cache-control"] == "no-cache"
+        blocks = "".join(answer.iter_text()).split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""] and all(b.startswith("data: {") and "\n" not in b for b in blocks[:-2])
+    assert "usage" not in json.loads(blocks[0][6:]) or json.loads(blocks[0][6:])["usage"] is None
+
+
+def test_null_is_the_default(service):
+    fields = ["max_tokens", "temperature", "top_p", "n", "seed", "stop", "echo", "logprobs", "stream", "stream_options", "suffix", "user", "best_of", "presence_penalty", "frequency_penalty", "logit_bias", "top_k", "prompt_logprobs", "return_token_ids", "model"]
+    answer = service.http.post("/v1/completions", json={"prompt": "C4", **dict.fromkeys(fields)})
+    assert answer.status_code == 200 and len(answer.json()["choices"]) == 1
+
+
+# ---- many at once ----
+
+def test_those_that_come_together_get_what_each_would_get_alone(made):
+    dice = np.random.default_rng(0)
+    requests = [dict(prompt=ids, seed=k, max_tokens=int(dice.integers(1, 30)), n=int(dice.integers(1, 4)), temperature=float(dice.choice([0, 0.7, 1, 1.5])), top_p=float(dice.choice([0.5, 1])),
+                     top_k=int(dice.choice([0, 3])), repetition_penalty=float(dice.choice([1, 1.3]))) for k, ids in enumerate(some(40, seed=7))]
+    with served(made, most_running=7) as service:
+        def ask(k):
+            time.sleep(0.02*(k % 5))
+            return service.http.post("/v1/completions", json={**requests[k], "return_token_ids": True}).json()
+        with ThreadPoolExecutor(20) as pool: answers = [*pool.map(ask, range(len(requests)))]
+        assert service.engine.tokens/service.engine.steps > 3 # they did share steps
+        for fields, answer in zip(requests, answers):
+            ids, n, first = fields.pop("prompt"), fields.pop("n"), fields.pop("seed")
+            for k in range(n): assert said(answer["choices"][k]) == drawn(made, ids, seed=first + k, max_new_tokens=fields["max_tokens"], **{f: fields[f] for f in ("temperature", "top_p", "top_k", "repetition_penalty")})
+        free(service)
+
+
+def test_a_long_queue_of_classes_does_not_hold_up_tokens(made, service):
+    with service.openai.completions.create(model="melody", prompt="", max_tokens=40, stream=True) as stream:
+        next(stream)
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(service.http.post, "/v1/classify", json={"input": some(200, seed=k)}) for k in range(8)]
+            assert sum(1 for _ in stream) > 0 and not all(a.done() for a in asked)
+            assert all(a.result().status_code in (200, 429) for a in asked)
+
+
+def test_who_wants_one_does_not_wait_for_all_of_who_wants_many(made):
+    with served(made, most_running=4) as service:
+        many = service.openai.completions.create(model="melody", prompt="C4", n=60, stream=True)
+        next(many)
+        assert service.openai.completions.create(model="melody", prompt="C4").choices[0].text
+        assert state(service)["waiting"] > 30
+        assert {c.index for part in many for c in part.choices if c.finish_reason} == {*range(60)}
+
+
+def test_a_full_queue_says_when_to_come_again(made):
+    with served(made, most_running=1, most_waiting=3) as service:
+        turn = service.engine.turn
+        service.engine.turn = lambda: time.sleep(0.005) # stands still
+        with ThreadPoolExecutor(8) as pool:
+            first = [pool.submit(service.openai.completions.create, model="melody", prompt="C4", seed=k) for k in range(3)]
+            while state(service)["waiting"] < 3: time.sleep(0.01)
+            for path, body in (("completions", {"prompt": "C4"}), ("completions", {"prompt": "C4", "stream": True}), ("classify", {"input": "C4"}), ("score", {"input": "C4"})):
+                answer = service.http.post(f"/v1/{path}", json=body)
+                assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1 and answer.json()["error"]["type"] == "rate_limit_error" and answer.json()["error"]["code"] == "queue_full"
+            with pytest.raises(openai.RateLimitError): service.openai.completions.create(model="melody", prompt="C4")
+            patient = pool.submit(service.openai.with_options(max_retries=5).completions.create, model="melody", prompt="C4") # the client comes again by itself
+            time.sleep(0.3)
+            service.engine.turn = turn
+            assert all(f.result().choices[0].text for f in [*first, patient])
+        free(service)
+        too_many = service.http.post("/v1/completions", json={"prompt": "C4", "n": 4})
+        assert too_many.status_code == 400 and "at most 3" in too_many.json()["error"]["message"] # waiting would not help
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_places(made, stream):
+    with served(made, most_running=4) as service:
+        turn = service.engine.turn
+        service.engine.turn = lambda: (turn(), time.sleep(0.02))
+        host, port = urlsplit(service.url).netloc.split(":")
+        body = json.dumps({"prompt": "C4", "n": 100, "stream": stream}).encode()
+        with closing(socket.create_connection((host, int(port)))) as line:
+            line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            while state(service)["running"] < 4 or state(service)["waiting"] < 90: time.sleep(0.01)
+        before = service.engine.tokens
+        free(service)
+        assert service.engine.tokens - before < 200 # of thousands
+
+
+def test_a_slow_client_does_not_hold_up_others_and_is_given_up(made, monkeypatch, capfd):
+    monkeypatch.setattr("seqgpt.serving.ARRIVAL", 0.5)
+    with served(made, most_seconds=3) as service:
+        host, port = urlsplit(service.url).netloc.split(":")
+        body = json.dumps({"prompt": "", "n": 120, "stream": True, "logprobs": 100}).encode()
+        with closing(socket.socket()) as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.connect((host, int(port)))
+            line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)) # and never reads
+            while not state(service)["running"]: time.sleep(0.01)
+            assert service.openai.completions.create(model="melody", prompt="C4").choices[0].text
+            free(service)
+            until = time.monotonic() + 15
+            while not seen(service, "seqgpt_request_seconds_count", path="/v1/completions", status="200") == 2:
+                assert time.monotonic() < until # the request ends, though nobody reads
+                time.sleep(0.05)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# ---- what else is asked ----
+
+def test_models_are_listed(service):
+    assert [(m.id, m.object, m.owned_by) for m in service.openai.models.list()] == [("melody", "model", "seqgpt"), ("mood", "model", "seqgpt")]
+    assert service.openai.models.retrieve("melody").model_extra == {"max_model_len": 80, "task": "clm"}
+    with pytest.raises(openai.NotFoundError) as e: service.openai.models.retrieve("a/b")
+    assert e.value.code == "model_not_found"
+    for model, prompt in (("gpt-4", "C4"), ("mood", "C4")):
+        with pytest.raises(openai.NotFoundError, match=model): service.openai.completions.create(model=model, prompt=prompt)
+
+
+def test_classes_are_those_of_transformers(made, service):
+    given = some(20, seed=8)
+    for asked in (given, [text(p) for p in given], [[BOS, *p, EOS] for p in given]):
+        answer = service.http.post("/v1/classify", json={"model": "mood", "input": asked}).json()
+        for k, (ids, found) in enumerate(zip(given, answer["data"], strict=True)):
+            with torch.no_grad(): expected = made.classifier(torch.tensor([[BOS, *ids, EOS]])).logits[0].softmax(-1)
+            assert found["index"] == k and found["label"] == CLASSES[expected.argmax()] and [*found["probabilities"]] == CLASSES and np.allclose([*found["probabilities"].values()], expected, atol=1e-5)
+        assert answer["usage"] == {"prompt_tokens": (n := sum(len(p) + 2 for p in given)), "completion_tokens": 0, "total_tokens": n}
+
+
+def test_scores_are_those_of_transformers(made, service):
+    given = some(20, seed=9)
+    for ids, found in zip(given, service.http.post("/v1/score", json={"input": given}).json()["data"], strict=True):
+        whole = [BOS, *ids, EOS]
+        expected = scores(made.model, whole)[range(len(whole) - 1), whole[1:]]
+        assert found["tokens"] == names(whole[1:]) and np.allclose(found["token_logprobs"], expected, atol=1e-4) and abs(found["log_likelihood"] - expected.sum()) < 1e-3
+
+
+def seen(service, name, **labels):
+    "A number from /metrics."
+    for family in text_string_to_metric_families(service.http.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items(): return sample.value
+
+
+def test_metrics_count(made):
+    with served(made) as service:
+        answers = [service.openai.completions.create(model="melody", prompt=ids, n=2) for ids in some()]
+        service.http.get("/nowhere")
+        service.http.get("/somewhere")
+        assert seen(service, "seqgpt_request_seconds_count", path="/v1/completions", status="200") == len(answers) == seen(service, "seqgpt_first_token_seconds_count")
+        assert seen(service, "seqgpt_request_seconds_count", path="other", status="404") == 2 # not one line for each path that somebody thinks of
+        assert seen(service, "seqgpt_completion_tokens_total") == sum(a.usage.completion_tokens for a in answers)
+        assert seen(service, "seqgpt_sequences_running") == seen(service, "seqgpt_sequences_waiting") == 0 and seen(service, "process_resident_memory_bytes") > 1e6
+
+
+# ---- what cannot be ----
+
+WRONG = [ # body, field that is named, words
+    ({"prompt": "C4 H9"}, "prompt", "Symbol 2 of the prompt, 'H9', is not in the vocabulary"),
+    ({"prompt": "C4 </s> D4"}, "prompt", "</s>"),
+    ({"prompt": "\ud800"}, "prompt", "not in the vocabulary"),
+    ({"prompt": ["C4", "D4 X"]}, "prompt", "prompt[1]: Symbol 2"),
+    ({"prompt": [5, 9999]}, "prompt", "9999 is not the id of a symbol; they go from 0 to 131"),
+    ({"prompt": [-1]}, "prompt", "-1"),
+    ({"prompt": [[5], ["C4"]]}, "prompt", "Give symbols with spaces between, or ids"),
+    ({"prompt": [5.5]}, "prompt", "Give symbols"), ({"prompt": [True]}, "prompt", "Give symbols"), ({"prompt": 7}, "prompt", "Give symbols"), ({"prompt": {}}, "prompt", "Give symbols"),
+    ({"prompt": []}, "prompt", "Give symbols"),
+    ({"prompt": " ".join(["C4"]*200)}, "prompt", "201 tokens"),
+    ({"prompt": " ".join(["C4"]*79)}, "max_tokens", "room for 0 more, not for 1"),
+    ({"max_tokens": 80}, "max_tokens", "room for 78 more, not for 80"), ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"), ({"max_tokens": "9"}, "max_tokens", "integer"), ({"max_tokens": 1e30}, "max_tokens", ""),
+    ({"temperature": -0.1}, "temperature", ""), ({"temperature": 2.1}, "temperature", "less than or equal to 2"), ({"temperature": "hot"}, "temperature", "number"),
+    ({"top_p": 0}, "top_p", "greater than 0"), ({"top_p": 1.1}, "top_p", ""), ({"top_k": -2}, "top_k", ""), ({"n": 0}, "n", ""), ({"n": 100000}, "n", "at most 256"), ({"seed": -1}, "seed", ""), ({"seed": 2**70}, "seed", ""),
+    ({"stop": ""}, "stop", "empty"), ({"stop": ["C4", " "]}, "stop", "empty"), ({"stop": "H9"}, "stop", "H9"), ({"stop": ["C4"]*17}, "stop", "16"), ({"stop": 3}, "stop", ""),
+    ({"logprobs": -1}, "logprobs", ""), ({"logprobs": 132, "n": 200}, "logprobs", "log-probabilities"), ({"prompt_logprobs": 10**9}, "logprobs", "log-probabilities"),
+    ({"repetition_penalty": 0}, "repetition_penalty", ""), ({"suffix": "C4"}, "suffix", ""), ({"best_of": 2}, "best_of", ""), ({"presence_penalty": 0.5}, "presence_penalty", ""), ({"frequency_penalty": 1}, "frequency_penalty", ""), ({"logit_bias": {"5": 1}}, "logit_bias", ""),
+    ({"stream": "yes"}, "stream", ""), ({"stream_options": {"usage": True}}, "stream_options", ""), ({"maximum": 3}, "maximum", "There is no such field"), ({"user": 3}, "user", ""), ({"model": 3}, "model", ""),
+]
+
+
+@pytest.mark.parametrize("body, param, words", WRONG, ids=lambda x: str(x)[:40] if isinstance(x, dict) else "")
+@pytest.mark.parametrize("stream", [False, True])
+def test_mistakes_are_named(service, body, param, words, stream):
+    answer = service.http.post("/v1/completions", content=json.dumps({"prompt": "C4", "stream": stream, **body}), headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error" and error["param"] == param and words in error["message"], error
+    assert len(error["message"]) < 300 and "Traceback" not in error["message"] and "pydantic" not in error["message"]
+    assert state(service) == {"status": "ok", "running": 0, "waiting": 0}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b'{"prompt": NaN}', b'{"temperature": NaN}', b'{"temperature": 1e999}', b"[" * 100_000, b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"], ids=lambda b: str(b[:20]))
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/classify", "/v1/score"])
+def test_whatever_is_sent_is_answered_in_one_form(service, path, content):
+    answer = service.http.post(path, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error" and len(answer.json()["error"]["message"]) < 300, answer.text
+
+
+def test_other_paths_and_methods(service):
+    for method, path, status in (("GET", "/v1/completions", 405), ("POST", "/healthz", 405), ("DELETE", "/v1/models/melody", 405), ("GET", "/docs", 404), ("GET", "/../etc/passwd", 404), ("POST", "/v1/chat/completions", 404), ("GET", "/v1/models/", 404)):
+        answer = service.http.request(method, path)
+        assert answer.status_code == status and answer.json()["error"]["message"], (method, path, answer.text)
+    with pytest.raises(openai.NotFoundError): service.openai.chat.completions.create(model="melody", messages=[{"role": "user", "content": "C4"}])
+
+
+def test_headers_for_browsers(service):
+    for path, status in (("/", 200), ("/v1/models", 200), ("/nowhere", 404), ("/healthz", 200)):
+        answer = service.http.get(path)
+        assert answer.status_code == status
+        for name in HEADERS: assert name in answer.headers, (path, name)
+        assert "server" not in answer.headers and "access-control-allow-origin" not in answer.headers
+        assert answer.headers["content-security-policy"].startswith("default-src 'none'") and "unsafe" not in answer.headers["content-security-policy"]
+    assert "http" not in re.sub(r"http-equiv|xmlns\S*", "", service.http.get("/").text.split("<script")[0]) # of nobody else
+
+
+def test_a_request_that_is_too_large_is_refused_and_not_kept(made):
+    with served(made, most_bytes=10_000) as service:
+        before = psutil.Process().memory_info().rss
+        answer = service.http.post("/v1/completions", json={"prompt": "C4 "*4000})
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "too_large" and "10,000 bytes" in answer.json()["error"]["message"]
+        assert service.http.post("/v1/completions", content=(b" "*100_000 for _ in range(1000))).status_code == 413
+        assert psutil.Process().memory_info().rss - before < 30e6 # of a hundred
+        assert service.http.get("/v1/models", headers={"x": "y"*2_000_000}).status_code in (400, 431)
+        assert state(service)["status"] == "ok"
+
+
+def test_a_request_that_never_arrives_is_given_up(made, monkeypatch):
+    monkeypatch.setattr("seqgpt.serving.ARRIVAL", 0.5)
+    with served(made) as service, closing(socket.create_connection(urlsplit(service.url).netloc.split(":"))) as line:
+        line.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"prompt"')
+        line.settimeout(10)
+        assert line.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_takes_too_long_is_given_up(made, stream):
+    with served(made, most_seconds=0.5) as service:
+        turn = service.engine.turn
+        service.engine.turn = lambda: (turn(), time.sleep(0.1))
+        answer = service.http.post("/v1/completions", json={"prompt": "C4", "stream": stream, "logit_bias": None, "temperature": 0, "stop": None})
+        error = json.loads(answer.text.split("\n\n")[-3][6:] if stream else answer.text)["error"]
+        assert answer.status_code == (200 if stream else 504) and error["code"] == "timeout" and "0.5 seconds" in error["message"]
+        if stream: assert answer.text.endswith("data: [DONE]\n\n")
+        del service.engine.turn
+        free(service)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_when_the_model_fails_clients_get_no_stack_trace_and_the_next_is_served(made, stream, capfd):
+    with served(made) as service:
+        fields = dict(model="melody", prompt="C4", seed=1)
+        expected, steps = service.openai.completions.create(**fields).choices[0].text, []
+        step = service.engine.choose
+        def fails(logits):
+            steps.append(1)
+            if len(steps) == 5: raise RuntimeError("secret of the house")
+            return step(logits)
+        service.engine.choose = fails
+        with pytest.raises(openai.APIError) as e: [*service.openai.completions.create(**fields, stream=stream)]
+        assert "The model failed" in str(e.value) and "secret" not in str(e.value) and (stream or e.value.status_code == 500)
+        assert "secret of the house" in capfd.readouterr().err # but the log has it
+        del service.engine.choose
+        assert service.openai.completions.create(**fields).choices[0].text == expected
+        def broken(body): raise RuntimeError("secret of the house")
+        service.classify = broken
+        answer = service.http.post("/v1/classify", json={"input": "C4"})
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error" and "secret" not in answer.text
+
+
+def test_a_key_is_asked_for(made):
+    with served(made, key="schlüssel") as service:
+        shown = lambda key: {"Authorization": key.encode()}
+        for path in ("/v1/models", "/v1/models/melody", "/v1/vocabulary", "/metrics"):
+            for wrong in ({}, shown("Bearer"), shown("Bearer schlussel"), shown("Bearer schlüssel2"), shown("Basic schlüssel"), {"Authorization": b"Bearer \xff"}):
+                answer = service.http.get(path, headers=wrong)
+                assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer" and answer.json()["error"]["code"] == "invalid_api_key" and "schl" not in answer.text
+            assert service.http.get(path, headers=shown("Bearer schlüssel")).status_code == 200
+        for path in ("completions", "classify", "score"): assert service.http.post(f"/v1/{path}", json={}).status_code == 401 or service.http.post(f"/v1/{path}", json={"input": "C4"}).status_code == 401
+        for path in ("/healthz", "/"): assert service.http.get(path).status_code == 200
+    with served(made, key="plain") as service:
+        assert service.openai.completions.create(model="melody", prompt="C4").choices
+        with pytest.raises(openai.AuthenticationError): service.openai.with_options(api_key="guess").models.list()
+
+
+def test_models_that_cannot_be_served_together(made):
+    other = make_tokenizer({s: i for i, s in enumerate([*MELODY[:-1], "another"])})
+    with pytest.raises(InputError, match="different vocabularies"): Service((made.model, made.tokenizer), (made.classifier, other))
+
+
+def test_one_of_the_two_models_alone(made):
+    for pair, path, missing in (({"language": (made.model, made.tokenizer)}, "/v1/score", "/v1/classify"), ({"classifier": (made.classifier, made.tokenizer)}, "/v1/classify", "/v1/score")):
+        with running(make_app(Service(**pair))) as url:
+            assert httpx.post(f"{url}{path}", json={"input": "C4"}).status_code == 200 and httpx.get(f"{url}/").status_code == 200
+            answer = httpx.post(f"{url}{missing}", json={"input": "C4"})
+            assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+
+
+# ---- against its own description ----
+
+def test_it_keeps_to_its_own_description(made):
+    with served(made, most_bytes=20_000) as service:
+        # a description cannot say which symbols there are and how many fit; so what is in order by it may still be refused
+        result = subprocess.run(["schemathesis", "run", f"{service.url}/openapi.json", "--max-examples", "30", "--seed", "1", "--workers", "2", "--exclude-checks", "positive_data_acceptance"], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stdout[-6000:]
+        free(service)
+
+
+# ---- as a program ----
+
+@pytest.fixture(scope="module")
+def folder(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")/"outputs"/"best_model"
+    made.model.save_pretrained(folder)
+    save_tokenizer(made.tokenizer, folder)
+    return folder
+
+
+@contextmanager
+def command(*args, **env):
+    "`seqgpt serve` as a process of its own, and its address once it listens."
+    process = subprocess.Popen([sys.executable, "-m", "seqgpt.cli", "serve", *map(str, args)], env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if found := re.search(r"^Serving (.+) at (http://\S+)$", line): break
+        else: raise AssertionError("".join(said))
+        process.names, process.url = found[1], found[2]
+        until = time.monotonic() + 60
+        while True:
+            try:
+                if httpx.get(f"{process.url}/healthz").status_code == 200: break
+            except httpx.TransportError: assert time.monotonic() < until
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_stopping_finishes_what_was_begun_and_killing_loses_nothing_but_it(folder):
+    fields = dict(model="outputs/best_model", prompt="C4", seed=3, n=32, top_p=0.9)
+    with command("--model_path", folder, "--port", 0) as process, openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
+        assert process.names == "outputs/best_model"
+        expected = client.completions.create(**fields)
+        stream = client.completions.create(**fields, stream=True)
+        parts = [next(stream)]
+        process.send_signal(signal.SIGTERM)
+        parts += [*stream]
+        for k, choice in enumerate(expected.choices): assert "".join(c.text for p in parts for c in p.choices if c.index == k) == choice.text
+        assert process.wait(30) == 0 and "Stopped." in process.stdout.read()
+        with pytest.raises(openai.APIConnectionError): client.models.list()
+        port = urlsplit(process.url).port
+    with command("--model_path", folder, "--port", port) as process: # at once, at the same place
+        client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(**fields, stream=True)
+        next(stream)
+        process.kill()
+        with pytest.raises((httpx.TransportError, openai.APIError)): [*stream] # a client can tell that this is not the end
+    with command("--model_path", folder, "--port", port) as process:
+        again = openai.OpenAI(base_url=f"{process.url}/v1", api_key="none").completions.create(**fields)
+        assert [c.text for c in again.choices] == [c.text for c in expected.choices]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
+def test_it_listens_to_this_machine_only_and_knows_its_names(folder):
+    with command("--model_path", folder, "--port", 0, "--model_name", "tunes", SEQGPT_API_KEY="a secret") as process:
+        assert process.names == "tunes" and process.url.startswith("http://127.0.0.1:")
+        assert {c.laddr.ip for c in psutil.Process(process.pid).net_connections() if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+        ask = lambda **headers: httpx.get(f"{process.url}/v1/models", headers=headers).status_code
+        assert ask() == 401 and ask(authorization="Bearer a secret") == 200
+        assert ask(authorization="Bearer a secret", host="example.org") == 400 # a page from elsewhere, whose name leads here
+        assert ask(authorization="Bearer a secret", host=f"localhost:{urlsplit(process.url).port}") == 200
+
+
+def test_what_cannot_be_served_is_said_in_words(folder, tmp_path):
+    serve = lambda *args: seqgpt("serve", *args, cwd=tmp_path)
+    refused(serve(), "--model_path", "--classifier_path")
+    refused(serve("--model_path", "nowhere"), "nowhere")
+    refused(serve("--model_path", folder, "--classifier_path", folder), "language model")
+    for flag in ("max_running", "max_waiting", "max_seconds"): refused(serve("--model_path", folder, f"--{flag}", 0), f"{flag} is 0")
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken: refused(serve("--model_path", folder, "--port", taken.getsockname()[1]), "Cannot listen", "--port")
+    refused(serve("--model_path", folder, "--port", 99999), "--port")
+    refused(serve("--model_path", folder, "--host", "no such host"), "--host")
+    refused(serve("--model_path", folder, "--prot", 1), "--port")
+
+
+def test_exported_models_are_served(made, tmp_path):
+    to_onnx(made.model, tmp_path/"fast.onnx", "in place")
+    made.model.config.save_pretrained(tmp_path)
+    with running(make_app(Service((OnnxModel(tmp_path/"fast.onnx", "clm"), made.tokenizer)))) as url:
+        prompts = some(9, seed=12)
+        with ThreadPoolExecutor(9) as pool: answers = [*pool.map(lambda ids: httpx.post(f"{url}/v1/completions", json={"prompt": ids, "temperature": 0, "return_token_ids": True}, timeout=60).json(), prompts)]
+        for ids, answer in zip(prompts, answers): assert said(answer["choices"][0]) == drawn(made, ids, temperature=0)
+    with pytest.raises(InputError, match="in place"): Service((SimpleNamespace(cache="passed", file="model.onnx"), made.tokenizer))
+
+
+# ---- under load ----
+
+def test_under_load_every_request_is_answered_and_memory_stays(made):
+    own, wrong, counts = psutil.Process(), [], dict.fromkeys(("whole", "stream", "left", "score", "mistake"), 0)
+    with served(made, most_running=16, most_waiting=64) as service:
+        def client(k):
+            dice = np.random.default_rng(k)
+            with httpx.Client(base_url=service.url, timeout=60) as http:
+                for _ in range(25):
+                    kind, body = str(dice.choice([*counts])), {"prompt": dice.choice(PLAIN, dice.integers(0, 20)).tolist(), "max_tokens": int(dice.integers(1, 40)), "n": int(dice.integers(1, 4))}
+                    if not body["prompt"]: body["prompt"] = ""
+                    try:
+                        if kind == "left":
+                            with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer: next(answer.iter_lines())
+                        else:
+                            answer = {"whole": lambda: http.post("/v1/completions", json=body), "stream": lambda: http.post("/v1/completions", json=body | {"stream": True}), "score": lambda: http.post("/v1/score", json={"input": body["prompt"]}), "mistake": lambda: http.post("/v1/completions", json=body | {"top_p": 3})}[kind]()
+                            if answer.status_code != 429:
+                                good = {"whole": lambda: len(answer.json()["choices"]) == body["n"], "stream": lambda: answer.text.endswith("[DONE]\n\n"), "score": lambda: "data" in answer.json(), "mistake": lambda: answer.status_code == 400}[kind]()
+                                if not good or kind != "mistake" and answer.status_code != 200: wrong.append((kind, answer.status_code, answer.text[:200]))
+                    except Exception as e: wrong.append((kind, repr(e)))
+                    counts[kind] += 1
+        def burst(first):
+            threads = [threading.Thread(target=client, args=(first + k,)) for k in range(24)]
+            for t in threads: t.start()
+            for t in threads: t.join()
+            free(service)
+            return own.memory_info().rss
+        before, after = burst(0), burst(100)
+        assert wrong == [] and all(counts.values())
+        assert after - before < 30e6
+        port, until = urlsplit(service.url).port, time.monotonic() + 10
+        while any(c.laddr.port == port and c.status == psutil.CONN_CLOSE_WAIT for c in own.net_connections()): assert time.monotonic() < until
