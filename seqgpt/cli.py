@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # %% ../nbs/10_cli.ipynb #978622c8
@@ -388,7 +389,8 @@ def serve(
     if not any(paths.values()): raise InputError("Nothing to serve. Name a language model with --model_path, a classifier with --classifier_path, or both.")
     for name, value in {"max_running": max_running, "max_waiting": max_waiting, "max_seconds": max_seconds}.items():
         if value < 1: raise InputError(f"{name} is {value}. It must be at least 1.")
-    models = {task: open_model(path, task, runtime) for task, path in paths.items() if path}
+    with ThreadPoolExecutor(1) as apart: # PyTorch's threads for this end with it; else they would stay, and those that compute would have to give way to them
+        models = {task: apart.submit(open_model, path, task, runtime).result() for task, path in paths.items() if path}
     for model, _ in models.values():
         if runtime != "onnx" and isinstance(model, torch.nn.Module) and torch.cuda.is_available(): model.cuda()
     names = {task: "/".join(Path(path).resolve().parts[-2:]) for task, path in paths.items() if path} | ({"clm": model_name} if model_name else {})

@@ -125,6 +125,7 @@ class Continuation:
     seed: int | None = None # Of its own dice; None: any
     stops: list[list[int]] = field(default_factory=list) # Where one of these is drawn, it is taken away, and the sequence ends
     top: int | None = None # How many log-probabilities to give with each token, beside its own; None: none at all
+    whole: bool = False # Hand all tokens on together, when it has ended
     deliver: object = None # What is called with each piece, see `take`; or with no tokens and an exception
 
     def __post_init__(self):
@@ -144,7 +145,7 @@ class Continuation:
         stopped = max((len(s) for s in self.stops if tail(len(s)) == s), default=0)
         finish = "stop" if stopped or token == eos else "length" if len(self.new) == self.most else None
         if stopped: del self.held[-stopped:]
-        kept = 0 if finish else max((n for s in self.stops for n in range(1, len(s)) if tail(n) == s[:n]), default=0)
+        kept = 0 if finish else len(self.held) if self.whole else max((n for s in self.stops for n in range(1, len(s)) if tail(n) == s[:n]), default=0)
         piece = self.held[:len(self.held) - kept]
         del self.held[:len(piece)]
         return piece, finish
@@ -559,7 +560,7 @@ def plan(self: Service,
         room, asked = positions - len(ids), body.max_tokens
         if asked is None and room < 1 or asked is not None and asked > room:
             raise Refused(400, f"The prompt has {len(ids)} tokens, {tokenizer.bos_token} included; with {positions} positions there is room for {room} more, not for {1 if asked is None else asked}.", "max_tokens", "context_length_exceeded")
-        found += [Continuation(ids, room if asked is None else asked, (body.temperature, max(0, body.top_k), body.top_p, body.repetition_penalty), None if body.seed is None else body.seed + k, stops, body.logprobs) for k in range(body.n)]
+        found += [Continuation(ids, room if asked is None else asked, (body.temperature, max(0, body.top_k), body.top_p, body.repetition_penalty), None if body.seed is None else body.seed + k, stops, body.logprobs, not body.stream) for k in range(body.n)]
     if (volume := sum(len(c.ids)*(body.prompt_logprobs or 0) + (c.most + len(c.ids)*body.echo)*(body.logprobs or 0) for c in found)) > 2**20: raise Refused(400, f"The answer could have {volume:,} log-probabilities; at most {2**20:,} can be given. Lower logprobs, n or max_tokens.", "logprobs")
     return found
 

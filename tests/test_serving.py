@@ -148,7 +148,7 @@ def test_a_prompt_alone_can_be_scored(made, service):
 
 
 def test_stops_end_a_continuation_before_they_are_seen(made, service):
-    full, ids = [], some(1, seed=6)[0]
+    ids = some(1, seed=6)[0]
     full = drawn(made, ids, temperature=0, max_new_tokens=40)
     for stop in (full[7], f"{full[5]} {full[6]} {full[7]}", ["N0 N0 N0 N0", f"{full[9]} {full[10]}"], ["</s>"]):
         sought = [s.split() for s in ([stop] if isinstance(stop, str) else stop)]
@@ -393,7 +393,7 @@ def test_a_request_that_is_too_large_is_refused_and_not_kept(made):
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "too_large" and "10,000 bytes" in answer.json()["error"]["message"]
         assert service.http.post("/v1/completions", content=(b" "*100_000 for _ in range(1000))).status_code == 413
         assert psutil.Process().memory_info().rss - before < 30e6 # of a hundred
-        assert service.http.get("/v1/models", headers={"x": "y"*2_000_000}).status_code in (400, 431)
+        with pytest.raises((httpx.TransportError, httpx.HTTPStatusError)): service.http.get("/v1/models", headers={"x": "y"*2_000_000}).raise_for_status() # the answer may be lost in what was still on its way
         assert state(service)["status"] == "ok"
 
 
