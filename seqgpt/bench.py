@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['quartiles', 'DTYPES', 'SYMBOLS', 'LONG', 'adamw', 'WARM_UP', 'megabytes', 'SOURCE', 'RECIPES', 'in_shell', 'minutes',
-           'more', 'PARTS', 'SHOW', 'rate', 'seconds_of', 'take_turns', 'print_table', 'device', 'precisions',
+           'more', 'ASK', 'PARTS', 'SHOW', 'rate', 'seconds_of', 'take_turns', 'print_table', 'device', 'precisions',
            'matrix_products', 'training_flops', 'Setup', 'write_random', 'Pauses', 'train_seqgpt', 'trainer_rows',
            'train_transformers', 'Block', 'PlainGPT', 'next_token_loss', 'train_plain', 'x_transformer',
            'train_lightning', 'contenders', 'serve', 'peak_memory', 'Contender', 'bench_training', 'show_training',
            'bench_tricks', 'show_tricks', 'StopAt', 'bench_quality', 'show_quality', 'bench_evaluation',
-           'show_evaluation', 'bench_generation', 'on_onnx_runtime', 'show_generation', 'bench_lengths', 'show_lengths',
-           'first_step', 'bench_data', 'show_data', 'bench_startup', 'show_startup', 'plot_bars', 'plot_lines',
-           'plot_bench', 'machine', 'bench']
+           'show_evaluation', 'endless_model', 'bench_generation', 'on_onnx_runtime', 'show_generation', 'served',
+           'load', 'bench_serving', 'show_serving', 'bench_lengths', 'show_lengths', 'first_step', 'bench_data',
+           'show_data', 'bench_startup', 'show_startup', 'plot_bars', 'plot_lines', 'plot_bench', 'machine', 'bench']
 
 # %% ../nbs/11_bench.ipynb #f1d2e5a2
 import copy
+import csv
 import importlib.metadata
 import importlib.util
 import json
@@ -22,15 +23,17 @@ import math
 import os
 import platform
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from urllib.request import urlopen
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -47,7 +50,7 @@ from .data import Corpus, read_corpus, written_whole
 from .evaluation import evaluate, source_scores
 from .inference import generate
 from .model import exact_loss, keep_memory, make_config, new_model, quicken
-from .tokenizer import InputError, make_tokenizer
+from .tokenizer import InputError, make_tokenizer, save_tokenizer
 from .training import Config, load_data, load_vocab, pick_precision, read_config, train
 
 # %% ../nbs/11_bench.ipynb #75ad8314
@@ -543,17 +546,24 @@ def show_evaluation(
     print_table(["evaluation", "tokens/s", "quartiles", "loss"], [[row["name"], f"{row['tokens_per_second']['median']:,.0f}", quartiles(row["tokens_per_second"]), f"{row['loss']:.4f}"] for row in found["rows"]])
 
 # %% ../nbs/11_bench.ipynb #80ded237
+def endless_model(
+    setup: Setup, # With a corpus
+) -> GPT2LMHeadModel:
+    "A model that, choosing the most probable symbol, never ends a sequence."
+    tokenizer = setup.tokenizer()
+    model = new_model(make_config(tokenizer, setup.length, setup.n_layer, setup.n_head, setup.n_embd), 0).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p *= 2
+        model.transformer.wte.weight[tokenizer.all_special_ids] = 0
+    return model
+
 def bench_generation(
     setup: Setup, # With a corpus
     rounds: int = 5, # How often each has its turn
     batch_sizes: tuple[int, ...] = (1, 8, 32), # Sequences at once
 ) -> dict: # `rows`, one for each contender and number of sequences; `left_out`, as for `bench_training`
     "Tokens generated in a second."
-    tokenizer, new, left_out = setup.tokenizer(), setup.length - 2, {}
-    model = new_model(make_config(tokenizer, setup.length, setup.n_layer, setup.n_head, setup.n_embd), 0).to(device()).eval()
-    with torch.no_grad():
-        for p in model.parameters(): p *= 2
-        model.transformer.wte.weight[tokenizer.all_special_ids] = 0
+    tokenizer, new, left_out, model = setup.tokenizer(), setup.length - 2, {}, endless_model(setup).to(device())
     models = {f"{who}, {p}": copy.deepcopy(model).to(DTYPES[p]) for p in precisions() for who in ("Transformers", "seqgpt")}
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"): models |= on_onnx_runtime(model, f"{setup.folder}/onnx")
     else: left_out["ONNX Runtime"] = "not installed: pip install 'seqgpt[onnx]'"
@@ -590,6 +600,94 @@ def show_generation(
     "Prints it as a table."
     print_table(["generation", "sequences", "tokens/s", "quartiles", "times", "same tokens"], [
         [row["name"], row["sequences"], f"{row['tokens_per_second']['median']:,.0f}", quartiles(row["tokens_per_second"]), f"{row['ratio']:.2f}", f"{row['same_tokens']:.1%}"] for row in found["rows"]])
+    for name, why in found["left_out"].items(): tqdm.write(f"{name}: {why}")
+
+# %% ../nbs/11_bench.ipynb #d1442b3f
+@contextmanager
+def served(
+    *command: str, # Of Python; `{port}` becomes a port that is free
+    health: str, # Path that answers when it is ready
+): # Its address and the number of its process
+    "A server in a process of its own."
+    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen([sys.executable, *(word.format(port=port) for word in command)], stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as process:
+        try:
+            while True:
+                try: urlopen(f"http://127.0.0.1:{port}/{health}", timeout=60); break # noqa: S310 (our own address)
+                except OSError: time.sleep(0.1)
+                if process.poll() is not None: log.seek(0); raise RuntimeError((log.read().strip().splitlines() or ["no message"])[-1][:200])
+            yield f"http://127.0.0.1:{port}", process.pid
+        finally: process.kill()
+
+ASK = """import json
+from locust import FastHttpUser, task
+
+class Client(FastHttpUser):
+    @task
+    def ask(self): self.client.post("/v1/completions", json=json.loads({body!r}), timeout=120)
+"""
+
+def load(
+    address: str, # Of the server
+    body: dict, # Of the requests
+    clients: int, # At once
+    seconds: float,
+) -> dict: # `requests` and `errors`, `requests_per_second`, and seconds: `p50` and `p99`
+    "Has clients ask a server."
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder)/"ask.py").write_text(ASK.format(body=json.dumps(body)))
+        subprocess.run([sys.executable, "-m", "locust", "-f", "ask.py", "--headless", "--host", address, "-u", str(clients), "-r", str(clients), "-t", f"{seconds:g}s", "--csv", "found", "--exit-code-on-error", "0"],
+                       cwd=folder, check=True, capture_output=True)
+        with open(f"{folder}/found_stats.csv") as f: row = [*csv.DictReader(f)][-1]
+    if not int(row["Request Count"]): raise RuntimeError(f"no answer within {seconds:g} seconds")
+    return {"requests": int(row["Request Count"]), "errors": int(row["Failure Count"]), "requests_per_second": float(row["Requests/s"]), "p50": float(row["50%"])/1e3, "p99": float(row["99%"])/1e3}
+
+def bench_serving(
+    setup: Setup, # With a corpus
+    rounds: int = 5, # How often each server has its turn
+    seconds: float = 10, # A turn
+    clients: tuple[int, ...] = (1, 32), # At once
+) -> dict: # `rows`, one for each server and number of clients; `left_out`, as for `bench_training`
+    "Requests answered in a second, and how long clients wait."
+    model, new, folder, rows, left_out = endless_model(setup), setup.length - 2, f"{setup.folder}/served", [], {}
+    if not importlib.util.find_spec("locust"): return {"rows": rows, "left_out": {"serving": "not installed: pip install 'seqgpt[bench]'"}}
+    model.save_pretrained(folder)
+    save_tokenizer(setup.tokenizer(), folder)
+    ours = lambda path: (("-m", "seqgpt.cli", "serve", "--port", "{port}", "--model_path", path), "healthz")
+    commands = {"seqgpt": ours(folder)}
+    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+        save_tokenizer(setup.tokenizer(), f"{setup.folder}/onnx")
+        commands |= {name: ours(str(m.file)) for name, m in on_onnx_runtime(model, f"{setup.folder}/onnx").items()}
+    else: left_out["ONNX Runtime"] = "not installed: pip install 'seqgpt[onnx]'"
+    commands["transformers serve"] = ("-m", "transformers.cli.transformers", "serve", folder, "--device", device().type, "--host", "127.0.0.1", "--port", "{port}"), "health"
+    body = {"prompt": f"<bos> {SYMBOLS[0]}", "max_tokens": new, "temperature": 0}
+    with ExitStack() as stack:
+        running = {}
+        for name, (command, health) in tqdm(commands.items(), desc="Serving, start", leave=False):
+            try:
+                running[name] = stack.enter_context(served(*command, health=health))
+                load(running[name][0], body | ({} if "seqgpt" in name else {"model": folder}), 1, 3)
+            except (RuntimeError, OSError) as e: left_out[name] = str(e); running.pop(name, None)
+        found = {(name, n): [] for n in clients for name in running}
+        with tqdm(total=rounds*len(found), desc="Serving", unit="turn", leave=False) as bar:
+            for _ in range(rounds):
+                for name, n in found:
+                    found[name, n].append(load(running[name][0], body | ({} if "seqgpt" in name else {"model": folder}), n, seconds))
+                    bar.update()
+        for (name, n), turns in found.items():
+            per_second = rate([1/t["requests_per_second"] for t in turns], new)
+            rows.append({"name": name, "clients": n, "tokens_per_second": per_second, **{what: float(np.median([t[what] for t in turns])) for what in ("requests_per_second", "p50", "p99")},
+                         **{what: sum(t[what] for t in turns) for what in ("requests", "errors")}, "memory": peak_memory(running[name][1])})
+    one = {row["name"]: row["requests_per_second"] for row in rows if row["clients"] == clients[0]}
+    for row in rows: row["times_one"] = row["requests_per_second"]/one[row["name"]]
+    return {"rows": rows, "left_out": left_out}
+
+def show_serving(
+    found: dict, # From `bench_serving`
+):
+    "Prints it as a table."
+    print_table(["serving", "clients", "requests/s", "× one client", "tokens/s", "p50", "p99", "errors", "memory"], [
+        [row["name"], row["clients"], f"{row['requests_per_second']:.2f}", f"{row['times_one']:.2f}", f"{row['tokens_per_second']['median']:,.0f}", f"{row['p50']:.2f} s", f"{row['p99']:.2f} s", f"{row['errors']} of {row['requests']}", megabytes(row["memory"])] for row in found["rows"]])
     for name, why in found["left_out"].items(): tqdm.write(f"{name}: {why}")
 
 # %% ../nbs/11_bench.ipynb #0ab2be2d
@@ -708,7 +806,7 @@ def plot_lines(
     ax.grid(axis="y", color="0.9")
 
 # %% ../nbs/11_bench.ipynb #728b1ff8
-PARTS = ("training", "tricks", "evaluation", "generation", "lengths", "data", "startup", "quality")
+PARTS = ("training", "tricks", "evaluation", "generation", "serving", "lengths", "data", "startup", "quality")
 
 def plot_bench(
     result: dict, # From `bench`
@@ -743,6 +841,10 @@ def plot_bench(
                           [f"{row['ratio']:.1f} × ({row['tokens_per_second']['median']:,.0f})" for row in r])
                 ax.set_xlim(0, 1.5*max(1, *column("ratio")))
                 ax.axvline(1, color="0.3", lw=1, ls=":", zorder=0)
+            elif part == "serving":
+                ax = panel("serving: tokens/s (until half of the requests are answered)", 2.2, width - 0.1, heights[part])
+                plot_bars(ax, {f"{row['name']}, {row['clients']} clients": row["tokens_per_second"] for row in r}, [f"{row['tokens_per_second']['median']:,.0f} ({row['p50']:.1f} s)" for row in r])
+                ax.set_xlim(0, 1.5*max([1, *(row["tokens_per_second"]["high"] for row in r)]))
             elif part == "startup": plot_bars(wide("start: seconds"), {row["name"]: {"median": row["median"], "low": min(row["seconds"]), "high": max(row["seconds"])} for row in r}, [f"{row['median']:.2f}" for row in r])
             elif part == "lengths":
                 for ax, y in zip(halves("one step: seconds", "its memory: MB"), ("step", "memory")):
@@ -780,11 +882,12 @@ def bench(
     n_layer: int = 6, # Blocks of the model
     n_head: int = 8, # Attention heads in a block; must divide n_embd
     n_embd: int = 384, # Dimensions of a token
+    seconds: float = 10, # serving: of each turn
     longest: int = 1024, # lengths: tokens in the longest sequences; the shortest have 64
     most_sequences: int = 1_000_000, # data: sequences of the largest corpus (a million take a GB in the temporary folder); the smallest has 1,000
 ) -> dict: # What is in benchmark.json
     "Measures seqgpt beside what you would use instead, on this machine."
-    least = dict(rounds=1, steps=1, batch_size=1, length=8, longest=64, most_sequences=1000)
+    least = dict(rounds=1, steps=1, batch_size=1, length=8, seconds=1, longest=64, most_sequences=1000)
     for name, value in least.items():
         if locals()[name] < value: raise InputError(f"{name} is {locals()[name]}. It must be at least {value}.")
     chosen = [p.strip() for p in parts.split(",")]
@@ -796,7 +899,7 @@ def bench(
         make_config(setup.tokenizer(), length, n_layer, n_head, n_embd) # a mistake shows before anything is measured
         result = {"machine": machine(), "settings": dict(rounds=rounds, steps=steps, batch_size=batch_size, length=length, n_layer=n_layer, n_head=n_head, n_embd=n_embd)}
         measure = {"training": lambda: bench_training(setup, rounds, steps), "tricks": lambda: bench_tricks(setup, rounds, steps), "quality": lambda: bench_quality(f"{folder}/race"), "evaluation": lambda: bench_evaluation(setup, rounds), "generation": lambda: bench_generation(setup, rounds),
-                   "lengths": lambda: bench_lengths(setup, rounds, steps, longest), "data": lambda: bench_data(f"{folder}/grow", most_sequences), "startup": lambda: bench_startup(setup, rounds)}
+                   "lengths": lambda: bench_lengths(setup, rounds, steps, longest), "data": lambda: bench_data(f"{folder}/grow", most_sequences), "startup": lambda: bench_startup(setup, rounds), "serving": lambda: bench_serving(setup, rounds, seconds)}
         out.mkdir(parents=True, exist_ok=True)
         tqdm.write(f"{result['machine']['processor']}, {result['machine']['threads']} of {result['machine']['cores']} cores; {n_layer} layers, {n_head} heads, {n_embd} dimensions; batches of {batch_size} × {length} tokens")
         for part in [p for p in PARTS if p in chosen]:
@@ -809,4 +912,4 @@ def bench(
     tqdm.write(f"\nWrote {out}/benchmark.json and benchmark.png.")
     return result
 
-SHOW = {"training": show_training, "tricks": show_tricks, "quality": show_quality, "evaluation": show_evaluation, "generation": show_generation, "lengths": show_lengths, "data": show_data, "startup": show_startup}
+SHOW = {"training": show_training, "tricks": show_tricks, "quality": show_quality, "evaluation": show_evaluation, "generation": show_generation, "lengths": show_lengths, "data": show_data, "startup": show_startup, "serving": show_serving}
