@@ -62,9 +62,9 @@ def server_for(
     log_level: str = "info", # Of uvicorn
 ) -> tuple: # A uvicorn server, its socket, its address
     "What `serve` and `running` start; raises `InputError` where the address cannot be had."
-    try: listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as e: raise InputError(f"Cannot listen on {host} port {port}: {os.strerror(e.errno) if getattr(e, 'errno', None) else e}. Choose another --port or --host.") from e
-    config = uvicorn.Config(app, log_level=log_level, server_header=False, limit_concurrency=1000, timeout_graceful_shutdown=30, http="h11", h11_max_incomplete_event_size=2**16) # another parser, where it is installed, would take headers of any size
+    try: listening = socket.create_server((host or " ", port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) # "" would be every address
+    except (OSError, OverflowError) as e: raise InputError(f"Cannot listen on {host!r} port {port}: {(getattr(e, 'strerror', None) or str(e)).partition(' (')[0].rstrip('.')}. Choose another --port or --host.") from e
+    config = uvicorn.Config(app, log_level=log_level, server_header=False, limit_concurrency=1000, timeout_graceful_shutdown=30, http="h11", h11_max_incomplete_event_size=2**16) # another parser, where it is installed, has no limit on headers
     return uvicorn.Server(config), listening, f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
 @contextlib.contextmanager
@@ -363,7 +363,8 @@ def wrong(
 ) -> dict: # An `Error`
     "What a client gets to read."
     kind = "rate_limit_error" if e.status_code == 429 else "server_error" if e.status_code >= 500 else "invalid_request_error"
-    return {"error": {"message": str(e.detail), "type": kind, "param": getattr(e, "param", None), "code": getattr(e, "code", None)}}
+    message = str(e.detail)
+    return {"error": {"message": message if len(message) <= 500 else f"{message[:499]}…", "type": kind, "param": getattr(e, "param", None), "code": getattr(e, "code", None)}}
 
 # %% ../nbs/09_serving.ipynb #333ed6a8
 def read_prompts(
@@ -383,7 +384,7 @@ def read_prompts(
         symbols = one.split() if isinstance(one, str) else tokenizer.convert_ids_to_tokens(one)
         if whole and symbols[-1:] == [tokenizer.eos_token]: del symbols[-1]
         try: ids = encode_prompt(tokenizer, symbols)
-        except InputError as e: raise Refused(400, f"{where}{e}", name) from e
+        except InputError as e: raise Refused(400, where + str(e).replace("of the prompt", f"of {name}", 1).replace("cannot be continued", "cannot stand there", whole), name) from e
         if whole: ids.append(tokenizer.eos_token_id)
         if len(ids) > positions: raise Refused(400, f"{where}The sequence has {len(ids)} tokens, {tokenizer.bos_token} included, but the model has {positions} positions.", name, "context_length_exceeded")
         found.append(ids)
@@ -588,15 +589,18 @@ async def pieces(self: Service,
         while left:
             await bell.wait()
             bell.clear()
+            failed = None
             for k in [*inbox]: # a slow client gets several tokens at once
                 tokens, ends = [t for some, _ in inbox[k] for t in some], [finish for _, finish in inbox.pop(k) if finish]
-                if wrong := next((e for e in ends if isinstance(e, Exception)), None):
-                    raise wrong if isinstance(wrong, Refused) else Refused(400, str(wrong)) if isinstance(wrong, InputError) else Refused(500, "The model failed; the log of the server says how.")
+                failed = next((e for e in ends if isinstance(e, Exception)), failed)
+                ends = [e for e in ends if not isinstance(e, Exception)]
+                if not tokens and not ends: continue
                 if begun: self.first.observe(time.perf_counter() - begun)
                 begun = None
                 self.counted["completion"].inc(len(tokens))
                 left -= len(ends)
                 yield k, tokens, ends[0] if ends else None
+            if failed: raise failed if isinstance(failed, Refused) else Refused(400, str(failed)) if isinstance(failed, InputError) else Refused(500, "The model failed; the log of the server says how.")
     finally:
         over.cancel()
         gone.cancel()
@@ -677,7 +681,7 @@ async def complete(self: Service,
             yield event({**head, "choices": [first], **counted})
             async for part in parts: yield event({**head, "choices": [part], **counted})
             if counted: yield event({**head, "choices": [], "usage": usage()})
-        except Refused as e: yield event(wrong(e))
+        except (Refused, asyncio.CancelledError) as e: yield event(wrong(e if isinstance(e, Refused) else Refused(503, "The server is being stopped.")))
         yield "data: [DONE]\n\n"
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
@@ -784,6 +788,7 @@ class Guard:
                 message["headers"] += [(name.lower().encode(), value.encode()) for name, value in HEADERS.items() if name.lower().encode() not in given]
             async with asyncio.timeout_at(late + self.service.most_seconds): await send(message) # this waits for a client that does not read
         try: await self.app(scope, limited, stamped)
+        except asyncio.CancelledError: return # the server is being stopped, and has waited long enough
         except Exception as e: # here, so that this answer has the headers, too, and the connection stays
             if seen["begun"] and isinstance(e, (ClientDisconnect, TimeoutError)): return # nobody reads any more
             if seen["begun"]: raise
@@ -818,7 +823,12 @@ def make_app(
         name = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
         kinds = {"prompt": "Give symbols with spaces between, or ids; or a list of either.", "stop": "Give symbols with spaces between, or a list of at most 16 of these."} # what may be of several types
         kinds["input"] = kinds["prompt"]
-        what = "There is no such field." if first["type"] == "extra_forbidden" else kinds[name] if name in kinds and first["type"] != "missing" else f"{first['msg']}."
+        about = getattr(CompletionRequest.model_fields.get(name), "description", None) or ""
+        if first["type"] == "extra_forbidden": what = "There is no such field."
+        elif about.startswith("Not supported"): what = f"{about}."
+        elif name in kinds and first["type"] != "missing": what = kinds[name]
+        elif not name and "json" not in request.headers.get("content-type", ""): what = "Send JSON, and say so: Content-Type: application/json."
+        else: what = f"{first['msg']}."
         return answer(Refused(400, f"{name or 'The body'}: {what}", name))
 
     async def allowed(shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]):
@@ -871,10 +881,12 @@ def serve(
     port: int = 8000,
     key: str | None = None, # See `make_app`
 ):
-    "Serves until it is told to stop (Ctrl-C, SIGTERM); then finishes what was begun."
+    "Serves until it is told to stop (Ctrl-C, SIGTERM); then finishes what was begun, for at most 30 seconds, or until it is told so once more."
     local = host == "localhost" or host == "::1" or host.startswith("127.")
-    hosts = ["localhost", "127.0.0.1", "["] if local else ["*"] # "[" begins an address of IPv6; a page from elsewhere cannot call this machine by a name of its own
+    hosts = ["localhost", host, f"[{host}]", "127.0.0.1"] if local else ["*"] # so that a page from elsewhere cannot call this machine by a name of its own
+    if key and not re.fullmatch("[!-~]+", key): raise InputError("SEQGPT_API_KEY: clients can send a key of Latin letters, digits and signs only, without spaces.")
     server, listening, url = server_for(make_app(service, key, hosts), host, port)
     print(f"Serving {', '.join(name for *_, name in service.models.values())} at {url}" + ("" if local or key else "\nOthers can reach this machine, and no key is asked for: set SEQGPT_API_KEY."), flush=True)
     with contextlib.suppress(KeyboardInterrupt): server.run(sockets=[listening])
+    service.engine.close() # after a second signal nobody else has
     print("Stopped.")

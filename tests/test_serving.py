@@ -330,7 +330,7 @@ def test_metrics_count(made):
 # ---- what cannot be ----
 
 WRONG = [ # body, field that is named, words
-    ({"prompt": "C4 H9"}, "prompt", "Symbol 2 of the prompt, 'H9', is not in the vocabulary"),
+    ({"prompt": "C4 H9"}, "prompt", "Symbol 2 of prompt, 'H9', is not in the vocabulary"),
     ({"prompt": "C4 </s> D4"}, "prompt", "</s>"),
     ({"prompt": "\ud800"}, "prompt", "not in the vocabulary"),
     ({"prompt": ["C4", "D4 X"]}, "prompt", "prompt[1]: Symbol 2"),
@@ -346,7 +346,7 @@ WRONG = [ # body, field that is named, words
     ({"top_p": 0}, "top_p", "greater than 0"), ({"top_p": 1.1}, "top_p", ""), ({"top_k": -2}, "top_k", ""), ({"n": 0}, "n", ""), ({"n": 100000}, "n", "at most 256"), ({"seed": -1}, "seed", ""), ({"seed": 2**70}, "seed", ""),
     ({"stop": ""}, "stop", "empty"), ({"stop": ["C4", " "]}, "stop", "empty"), ({"stop": "H9"}, "stop", "H9"), ({"stop": ["C4"]*17}, "stop", "16"), ({"stop": 3}, "stop", ""),
     ({"logprobs": -1}, "logprobs", ""), ({"logprobs": 132, "n": 200}, "logprobs", "log-probabilities"), ({"prompt_logprobs": 10**9}, "logprobs", "log-probabilities"),
-    ({"repetition_penalty": 0}, "repetition_penalty", ""), ({"suffix": "C4"}, "suffix", ""), ({"best_of": 2}, "best_of", ""), ({"presence_penalty": 0.5}, "presence_penalty", ""), ({"frequency_penalty": 1}, "frequency_penalty", ""), ({"logit_bias": {"5": 1}}, "logit_bias", ""),
+    ({"repetition_penalty": 0}, "repetition_penalty", ""), ({"suffix": "C4"}, "suffix", "Not supported."), ({"best_of": 2}, "best_of", "Not supported."), ({"presence_penalty": 0.5}, "presence_penalty", "Not supported: there is repetition_penalty."), ({"frequency_penalty": 1}, "frequency_penalty", ""), ({"logit_bias": {"5": 1}}, "logit_bias", "Not supported."),
     ({"stream": "yes"}, "stream", ""), ({"stream_options": {"usage": True}}, "stream_options", ""), ({"maximum": 3}, "maximum", "There is no such field"), ({"user": 3}, "user", ""), ({"model": 3}, "model", ""),
 ]
 
@@ -367,6 +367,19 @@ def test_mistakes_are_named(service, body, param, words, stream):
 def test_whatever_is_sent_is_answered_in_one_form(service, path, content):
     answer = service.http.post(path, content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error" and len(answer.json()["error"]["message"]) < 300, answer.text
+
+
+def test_json_that_is_not_called_json(service):
+    for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}): # what curl does by itself
+        answer = service.http.post("/v1/completions", content=b'{"prompt": ""}', headers=headers)
+        assert answer.status_code == 400 and "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_messages_have_an_end_and_name_the_field(service):
+    for path, body in (("completions", {"x"*10_000: 1}), ("completions", {"prompt": "y"*10_000}), ("score", {"input": "z"*10_000})):
+        assert len(service.http.post(f"/v1/{path}", json=body).json()["error"]["message"]) <= 500
+    message = service.http.post("/v1/score", json={"input": "C4 </s> D4"}).json()["error"]["message"]
+    assert message.startswith("Symbol 2 of input") and "cannot stand there" in message
 
 
 def test_other_paths_and_methods(service):
@@ -520,13 +533,13 @@ def test_killing_loses_only_what_was_begun_and_stopping_not_even_that(folder):
         process.kill()
         with pytest.raises((httpx.TransportError, openai.APIError)): parts = [*stream] # a client can tell that this is not the end
     fields["model"] = "outputs/best_model"
-    with command("--model_path", folder, "--port", port, SEQGPT_API_KEY="a secret") as process: # at once, at the same place
+    with command("--model_path", folder, "--port", port, SEQGPT_API_KEY="a-secret") as process: # at once, at the same place
         assert process.names == "outputs/best_model" and process.url == f"http://127.0.0.1:{port}"
         assert {c.laddr.ip for c in psutil.Process(process.pid).net_connections() if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
         ask = lambda **headers: httpx.get(f"{process.url}/v1/models", headers=headers).status_code
-        assert ask() == 401 and ask(authorization="Bearer a secret") == 200 == ask(authorization="Bearer a secret", host=f"localhost:{port}")
-        assert ask(authorization="Bearer a secret", host="example.org") == 400 # a page from elsewhere, whose name leads here
-        client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="a secret", max_retries=0)
+        assert ask() == 401 and ask(authorization="Bearer a-secret") == 200 == ask(authorization="Bearer a-secret", host=f"localhost:{port}")
+        assert ask(authorization="Bearer a-secret", host="example.org") == 400 # a page from elsewhere, whose name leads here
+        client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="a-secret", max_retries=0)
         assert [c.text for c in client.completions.create(**fields).choices] == [c.text for c in expected.choices]
         stream = client.completions.create(**fields, stream=True)
         parts = [next(stream)]
@@ -537,7 +550,19 @@ def test_killing_loses_only_what_was_begun_and_stopping_not_even_that(folder):
         with pytest.raises(openai.APIConnectionError): client.models.list()
 
 
-def test_what_cannot_be_served_is_said_in_words(folder, tmp_path):
+@pytest.mark.slow # starts once more
+def test_a_second_signal_ends_it_at_once(folder):
+    with command("--model_path", folder, "--host", "::1", "--port", 0) as process:
+        assert httpx.get(f"{process.url}/v1/models").status_code == 200 and httpx.get(f"{process.url}/v1/models", headers={"host": "[::2]"}).status_code == 400
+        lines = httpx.Client(base_url=process.url, timeout=60).stream("POST", "/v1/completions", json={"prompt": "", "n": 256, "stream": True})
+        with lines as answer, pytest.raises(httpx.TransportError):
+            for k, _ in enumerate(answer.iter_lines()):
+                if k in (3, 30): process.send_signal(signal.SIGINT)
+            raise httpx.ReadError("the server was given the time to send everything, with an error")
+        assert process.wait(20) in (0, 130) and "terminate called" not in process.stdout.read()
+
+
+def test_what_cannot_be_served_is_said_in_words(folder, tmp_path, monkeypatch):
     serve = lambda *args: seqgpt("serve", *args, cwd=tmp_path)
     refused(serve(), "--model_path", "--classifier_path")
     refused(serve("--model_path", "nowhere"), "nowhere")
@@ -545,7 +570,10 @@ def test_what_cannot_be_served_is_said_in_words(folder, tmp_path):
     for flag in ("max_running", "max_waiting", "max_seconds"): refused(serve("--model_path", folder, f"--{flag}", 0), f"{flag} is 0")
     with closing(socket.create_server(("127.0.0.1", 0))) as taken: refused(serve("--model_path", folder, "--port", taken.getsockname()[1]), "Cannot listen", "--port")
     refused(serve("--model_path", folder, "--port", 99999), "--port")
-    refused(serve("--model_path", folder, "--host", "no such host"), "--host")
+    refused(serve("--model_path", folder, "--host", "no such host"), "Name or service not known", "--host")
+    refused(serve("--model_path", folder, "--host", ""), "--host")
+    monkeypatch.setenv("SEQGPT_API_KEY", "schlüssel")
+    refused(serve("--model_path", folder, "--port", 0), "SEQGPT_API_KEY")
     refused(serve("--model_path", folder, "--prot", 1), "--port")
 
 
