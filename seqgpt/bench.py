@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -647,6 +647,7 @@ def bench_serving(
     rounds: int = 5, # How often each server has its turn
     seconds: float = 10, # A turn
     clients: tuple[int, ...] = (1, 32), # At once
+    names: list[str] | None = None, # Of servers; default: all
 ) -> dict: # `rows`, one for each server and number of clients; `left_out`, as for `bench_training`
     "Requests answered in a second, and how long clients wait."
     model, new, folder, rows, left_out = endless_model(setup), setup.length - 2, f"{setup.folder}/served", [], {}
@@ -662,17 +663,19 @@ def bench_serving(
     commands["transformers serve"] = ("-m", "transformers.cli.transformers", "serve", folder, "--device", device().type, "--host", "127.0.0.1", "--port", "{port}"), "health"
     body = {"prompt": f"<bos> {SYMBOLS[0]}", "max_tokens": new, "temperature": 0}
     with ExitStack() as stack:
-        running = {}
+        running, bodies = {}, {}
         for name, (command, health) in tqdm(commands.items(), desc="Serving, start", leave=False):
+            if names and name not in names: continue
+            bodies[name] = body if "seqgpt" in name else body | {"model": folder}
             try:
                 running[name] = stack.enter_context(served(*command, health=health))
-                load(running[name][0], body | ({} if "seqgpt" in name else {"model": folder}), 1, 3)
+                urlopen(Request(f"{running[name][0]}/v1/completions", json.dumps(bodies[name]).encode(), {"Content-Type": "application/json"}), timeout=120).read() # noqa: S310 (the warm-up)
             except (RuntimeError, OSError) as e: left_out[name] = str(e); running.pop(name, None)
         found = {(name, n): [] for n in clients for name in running}
         with tqdm(total=rounds*len(found), desc="Serving", unit="turn", leave=False) as bar:
             for _ in range(rounds):
                 for name, n in found:
-                    found[name, n].append(load(running[name][0], body | ({} if "seqgpt" in name else {"model": folder}), n, seconds))
+                    found[name, n].append(load(running[name][0], bodies[name], n, seconds))
                     bar.update()
         for (name, n), turns in found.items():
             per_second = rate([1/t["requests_per_second"] for t in turns], new)
@@ -812,11 +815,11 @@ def plot_bench(
     result: dict, # From `bench`
 ):
     "Draws what was measured, a panel for each part; returns the figure."
-    rows = {part: [row for row in result[part]["rows"] if part != "generation" or "seqgpt" in row["name"]] for part in PARTS if part in result}
+    rows = {part: [row for row in result[part]["rows"] if part != "generation" or "seqgpt" in row["name"]] for part in PARTS if part in result and result[part]["rows"]}
     heights = {part: 2.0 if part in ("lengths", "data") else 0.3*len(r) for part, r in rows.items()} # inches
     below = {part: 1.1 if part in ("lengths", "data") else 0.65 for part in heights} # title, labels of the axis, and a gap
     width, top = 6, sum(heights.values()) + sum(below.values())
-    total = top
+    total = max(1, top)
     with plt.rc_context({"font.size": 10.5}):
         fig = plt.figure(figsize=(width, total))
         def panel(title, left, right, height):

@@ -27,7 +27,7 @@ def whole(tmp_path_factory):
     "A whole benchmark, small, on a machine without the extra packages: result, folder, what was printed."
     folder, find = tmp_path_factory.mktemp("bench")/"out", B.importlib.util.find_spec
     with pytest.MonkeyPatch.context() as patch, redirect(None) as (said, _):
-        patch.setattr(B.importlib.util, "find_spec", lambda name: None if name in EXTRA.values() else find(name))
+        patch.setattr(B.importlib.util, "find_spec", lambda name: None if name in {*EXTRA.values(), "locust"} else find(name))
         patch.setattr(torch, "compile", no_compiler)
         result = B.bench(str(folder), **TINY)
     return result, folder, said.getvalue()
@@ -56,7 +56,8 @@ def test_every_part_and_contender_is_there(whole):
 def test_what_is_not_installed_is_named(whole):
     result, _, said = whole
     assert set(result["training"]["left_out"]) == set(EXTRA)
-    for name in EXTRA: assert f"{name}: not installed: pip install 'seqgpt[bench]'" in said
+    assert result["serving"] == {"rows": [], "left_out": {"serving": "not installed: pip install 'seqgpt[bench]'"}}
+    for name in [*EXTRA, "serving"]: assert f"{name}: not installed: pip install 'seqgpt[bench]'" in said
 
 
 def test_both_sides_compute_the_same(whole):
@@ -133,6 +134,10 @@ def test_turns_are_taken():
 
 def test_a_command_that_fails_says_why():
     with pytest.raises(RuntimeError, match="no such file"): B.first_step("--data_path", "nowhere")
+
+
+def test_a_server_that_does_not_start_says_why():
+    with pytest.raises(RuntimeError, match="no model here"), B.served("-c", "raise SystemExit('one line\\nno model here')", health="healthz"): pass
 
 
 def test_any_part_can_be_drawn(whole):
