@@ -5,8 +5,9 @@
 FROM python:3.11-slim AS build
 WORKDIR /src
 COPY . .
-# +cpu, of the same version, goes before what PyPI has, which brings CUDA along
-RUN python -m venv /opt/seqgpt && /opt/seqgpt/bin/pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu -c requirements.txt '.[serve,onnx]'
+# PyTorch for processors alone is gigabytes smaller: where pip finds it is said at pytorch.org, "Get started" (pip, CPU); pass that address as --build-arg PIP_EXTRA_INDEX_URL=...
+ARG PIP_EXTRA_INDEX_URL
+RUN python -m venv /opt/seqgpt && /opt/seqgpt/bin/pip install --no-cache-dir -c requirements.txt '.[serve,onnx]'
 
 FROM python:3.11-slim
 COPY --from=build /opt/seqgpt /opt/seqgpt

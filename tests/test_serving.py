@@ -114,6 +114,7 @@ def test_samples_are_those_of_generate(made, service, fields):
     for k, c in enumerate(answer.choices):
         assert (c.index, c.text.split()) == (k, drawn(made, ids, seed=11 + k, max_new_tokens=30, **fields))
     assert len({c.text for c in answer.choices}) > 1
+    assert answer.usage.prompt_tokens == 1 + len(ids) # once, however many continuations
 
 
 def test_without_a_seed_answers_differ(service):
@@ -233,13 +234,14 @@ def test_a_full_queue_says_when_to_come_again(made):
         with ThreadPoolExecutor(8) as pool:
             first = [pool.submit(service.openai.completions.create, model="melody", prompt="C4", seed=k) for k in range(3)]
             while state(service)["waiting"] < 3: time.sleep(0.01)
-            for path, body in (("completions", {"prompt": "C4"}), ("completions", {"prompt": "C4", "stream": True}), ("classify", {"input": "C4"}), ("score", {"input": "C4"})):
-                answer = service.http.post(f"/v1/{path}", json=body)
-                assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1 and answer.json()["error"]["type"] == "rate_limit_error" and answer.json()["error"]["code"] == "queue_full"
-            with pytest.raises(openai.RateLimitError): service.openai.completions.create(model="melody", prompt="C4")
-            patient = pool.submit(service.openai.with_options(max_retries=5).completions.create, model="melody", prompt="C4") # the client comes again by itself
-            time.sleep(0.3)
-            service.engine.turn = turn
+            try:
+                for path, body in (("completions", {"prompt": "C4"}), ("completions", {"prompt": "C4", "stream": True}), ("classify", {"input": "C4"}), ("score", {"input": "C4"})):
+                    answer = service.http.post(f"/v1/{path}", json=body)
+                    assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1 and answer.json()["error"]["type"] == "rate_limit_error" and answer.json()["error"]["code"] == "queue_full"
+                with pytest.raises(openai.RateLimitError): service.openai.completions.create(model="melody", prompt="C4")
+                patient = pool.submit(service.openai.with_options(max_retries=5).completions.create, model="melody", prompt="C4") # the client comes again by itself
+                time.sleep(0.3)
+            finally: service.engine.turn = turn
             assert all(f.result().choices[0].text for f in [*first, patient])
         free(service)
         too_many = service.http.post("/v1/completions", json={"prompt": "C4", "n": 4})
