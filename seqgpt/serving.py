@@ -517,7 +517,7 @@ class Service:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = Histogram("seqgpt_request_seconds", "Requests by path and status, and how long they took", ["path", "status"], registry=self.registry)
-        self.first = Histogram("seqgpt_first_token_seconds", "Until the first token of a request", registry=self.registry)
+        self.first = Histogram("seqgpt_first_token_seconds", "Until the first token of a stream, or until a whole answer is there", registry=self.registry)
         self.counted = {what: Counter(f"seqgpt_{what}_tokens", f"Tokens, {what}", registry=self.registry) for what in ("prompt", "completion")}
         for what, count in {"running": lambda: len(self.engine.running), "waiting": self.engine.queued}.items(): Gauge(f"seqgpt_sequences_{what}", f"Sequences that are {what}", registry=self.registry).set_function(count)
 
