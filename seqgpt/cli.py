@@ -114,6 +114,7 @@ def measures(
 # %% ../nbs/10_cli.ipynb #3c9b3c41
 def train_command(
     config, # A `Config`
+    named: set[str] = frozenset(), # See `start_from`
 ):
     "Trains, evaluates the best model and, of a language model, draws samples and the curves beside simple predictors and the best possible."
     from seqgpt.corpora import digit_vocab, write_digits
@@ -129,7 +130,7 @@ def train_command(
         make_config(make_tokenizer(digit_vocab(), **{role: getattr(config, role) for role in SPECIALS}), config.max_length, config.n_layer, config.n_head, config.n_embd, **config.model) # a mistake shows before anything is written
         if first and not Path(config.data_path).exists():
             with written_whole(config.data_path) as part: write_digits(part)
-    try: run = train(config)
+    try: run = train(config, named=named)
     except Finished as e: # perhaps it was killed before all that follows was written
         rest = [out/"best_model/evaluation/metrics.json", *([out/"samples.jsonl"] if config.task == "clm" else [])]
         if all(p.exists() and p.stat().st_mtime >= (out/"final_model").stat().st_mtime for p in rest): raise
@@ -452,12 +453,14 @@ def run_verb(
     for k in range(1, len(rest)):
         if rest[k - 1] == "--config": rest[k] = settings_file(rest[k], verb)
     if verb == "train":
-        from seqgpt.training import Config, start_from
+        from seqgpt.training import Config, read_settings, start_from
         given = vars(parser_for(verb, Config).parse_args(rest))
         settings = {k: v for k, v in given.items() if k != "config"}
         config = Config(**{**settings, "model": {k: literal(v) for k, v in (settings["model"] or {}).items()}})
-        start_from(config, {f[2:].split("=")[0] for f in rest if f.startswith("--")}) # a flag that contradicts the model is refused, also one that says the default
-        return train_command(config)
+        files = [read_settings(rest[k]) for k in range(1, len(rest)) if rest[k - 1] == "--config"]
+        named = {f[2:].split("=")[0] for f in rest if f.startswith("--")} | {"max_length"} & {name for settings in files for name in settings} # also where they say the default
+        start_from(config, named) # a flag that contradicts the model is refused
+        return train_command(config, named)
     if verb == "bench":
         from seqgpt.bench import bench
         targets = [bench]
@@ -472,7 +475,7 @@ def run_verb(
 PATHS = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP} # where a path is not what it should be
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} # where there is no room
 
-EXTRAS = {**dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"), **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve")} # which extra a package belongs to
+EXTRAS = {**dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"), **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"), "peft": "lora"} # which extra a package belongs to
 
 is_input_error = lambda e: any(c.__name__ == "InputError" for c in type(e).__mro__) # to import it would take seconds
 

@@ -10,8 +10,8 @@ __all__ = ['PRECISIONS', 'perplexity', 'Config', 'check_config', 'pick_precision
            'largest_batch', 'say_what_fits', 'write_config', 'read_config', 'read_settings', 'PlainYaml', 'model_card',
            'save_model', 'Bar', 'recent_loss', 'KeepBest', 'out_of_patience', 'validation_metrics', 'start_from',
            'load_vocab', 'load_data', 'training_arguments', 'Finished', 'find_checkpoint', 'run_identity',
-           'resume_command', 'begin_run', 'say_what_is_lacking', 'say_what_was_seen', 'Run', 'plot_curves',
-           'save_curves', 'task_parts', 'train', 'alone_in', 'run_trainer']
+           'resume_command', 'begin_run', 'say_what_is_lacking', 'say_what_is_known', 'say_what_was_seen', 'Run',
+           'plot_curves', 'save_curves', 'task_parts', 'train', 'alone_in', 'run_trainer']
 
 # %% ../nbs/04_training.ipynb #a6d846ff
 import contextlib
@@ -54,7 +54,7 @@ from transformers.optimization import get_scheduler
 
 from .data import LONG, ByLength, Corpus, Split, class_names, collate, corpus_files, fingerprint, given_split, read_corpus, split_corpus
 from .data import alone, remove, sweep, written_whole
-from .model import TASKS, count_parameters, keep_memory, load_model, make_config, new_model, quicken, saved_config, task_of
+from .model import NEW_ROWS, TASKS, count_parameters, keep_memory, known_rows, learn_in_part, make_config, merged, new_model, quicken, saved_config, take_over
 from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_json, read_text, read_vocab, save_tokenizer
 
 # %% ../nbs/04_training.ipynb #cc38edd6
@@ -64,6 +64,9 @@ class Config:
     data_path: str | None = None # JSON Lines file, plain or gzip, or a folder of them; nothing means the data of init_from, or (on the command line) the built-in digits
     task: str = "clm" # clm: predict the next token (causal language model); classification: predict the label from the last token
     init_from: str | None = None # Folder of a trained model to start from, such as outputs/best_model; default: random weights. The head of a classifier always starts from random weights
+    new_symbols: str = "mean" # With init_from: how symbols begin that it does not know: mean of those that it knows; normal, drawn as they are distributed; random
+    frozen_layers: int = 0 # With init_from: so many blocks, from the first, keep their weights
+    lora_rank: int = 0 # With init_from: the other blocks keep theirs too, and learn low-rank additions (LoRA) of this rank; 0: they learn as a whole
     class_weights: str = "none" # Classification: none, every sequence counts the same; balanced, every class does
     vocab_path: str | None = None # Default: vocab.json beside the data
     pad_token: str | None = None # Name of the special token in the vocabulary, if it is unusual
@@ -120,10 +123,14 @@ def check_config(
     if not (1 <= config.max_steps <= 10**12 or config.max_steps == -1): raise InputError(f"max_steps is {config.max_steps}. It must lie between 1 and 10**12, or be -1 to go by num_epochs.")
     if not config.output_dir: raise InputError("output_dir is empty. Name a folder; this one is called .")
     if named := {"n_layer", "n_head", "n_embd"} & config.model.keys(): raise InputError(f"model.{min(named)}: is a setting of its own, --{min(named)}.")
-    for name, values in {"precision": PRECISIONS, "task": tuple(TASKS), "optimizer": ("adamw", "muon"), "class_weights": ("none", "balanced")}.items():
+    for name, values in {"precision": PRECISIONS, "task": tuple(TASKS), "optimizer": ("adamw", "muon"), "class_weights": ("none", "balanced"), "new_symbols": tuple(NEW_ROWS)}.items():
         if getattr(config, name) not in values: raise InputError(f"{name} is {getattr(config, name)!r}. Choose {', '.join(values)}.")
     if config.task == "classification" and config.long == "split": raise InputError("long is 'split', but a label belongs to a whole sequence. Choose truncate or error, or a higher --max_length.")
     if config.task == "clm" and config.class_weights != "none": raise InputError("class_weights are for --task classification.")
+    for name, most in {"frozen_layers": config.n_layer, "lora_rank": config.n_embd}.items():
+        if not 0 <= getattr(config, name) <= most: raise InputError(f"{name} is {getattr(config, name)}. It must lie between 0 and {most}.")
+        if getattr(config, name) and config.init_from is None: raise InputError(f"{name} is for a model that starts from another one: name that with --init_from. Random weights have to learn.")
+    if config.lora_rank and config.frozen_layers == config.n_layer: raise InputError(f"frozen_layers is {config.frozen_layers}, which is all, so lora_rank has no block to add to. Leave one of them out.")
     if config.data_path is None: raise InputError("No data. Name it with --data_path.")
     if not 0 < config.validation_fraction < 1: raise InputError(f"validation_fraction is {config.validation_fraction}. It must lie between 0 and 1.")
     try: get_scheduler(config.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), num_warmup_steps=1, num_training_steps=2)
@@ -582,6 +589,7 @@ def save_model(
     metrics: dict[str, float], # How well it does on the validation set
 ):
     "Writes model, tokenizer, configuration, metrics and model card: all of it or nothing."
+    model = merged(model)
     with written_whole(folder) as part:
         use_cache, model.config.use_cache = model.config.use_cache, True # Trainer turned it off; whoever generates wants it
         model.save_pretrained(part)
@@ -675,10 +683,11 @@ def start_from(
     if config.init_from is None: return config
     body, default = saved_config(config.init_from), Config()
     untouched = lambda name: getattr(config, name) == getattr(default, name)
-    shape = dict(max_length=body.n_positions, n_layer=body.n_layer, n_head=body.n_head, n_embd=body.n_embd)
+    shape = dict(n_layer=body.n_layer, n_head=body.n_head, n_embd=body.n_embd)
     for name, value in shape.items():
         if (name in named or not untouched(name)) and getattr(config, name) != value: raise InputError(f"{name} is {getattr(config, name)}, but the model in {config.init_from} has {value}. Leave --{name} out.")
-    usual = make_config(load_tokenizer(config.init_from), **shape)
+    usual = make_config(load_tokenizer(config.init_from), body.n_positions, **shape)
+    if "max_length" not in named and untouched("max_length"): shape["max_length"] = body.n_positions
     own = set(GPT2Config.__annotations__) - {"use_cache", *(f"{t}_token_id" for t in ("bos", "eos", "pad"))}
     data = {}
     if config.data_path is None:
@@ -693,13 +702,13 @@ def load_vocab(
     "The tokenizer for the vocabulary that `config` names, or that lies beside its data; or that of the model it starts from."
     data, _ = Path(config.data_path), corpus_files(config.data_path) # before the vocabulary is missed, say that the data is
     path = Path(config.vocab_path or (data if data.is_dir() else data.parent)/"vocab.json")
-    if config.init_from is None: return make_tokenizer(path, **{role: getattr(config, role) for role in SPECIALS})
-    tokenizer = load_tokenizer(config.init_from)
-    vocab = read_vocab(path) if path.exists() or config.vocab_path else tokenizer.get_vocab()
-    if differ := vocab.items() ^ tokenizer.get_vocab().items():
-        raise InputError(f"{path}: is not the vocabulary of {config.init_from}; they differ in {len({s for s, _ in differ})} symbols, {min(differ)[0]!r} among them.\n"
-                         "A model can only go on with the symbols that it knows: leave --init_from out, or write the data with that vocabulary.")
-    return tokenizer
+    named = {role: getattr(config, role) for role in SPECIALS}
+    if config.init_from is None: return make_tokenizer(path, **named)
+    known = load_tokenizer(config.init_from)
+    if not path.exists() and not config.vocab_path: return known
+    vocab = read_vocab(path)
+    as_before = {role: symbol for role in SPECIALS if (symbol := getattr(known, role)) in vocab}
+    return make_tokenizer(vocab, str(path), **{role: named[role] or as_before.get(role) for role in SPECIALS})
 
 def load_data(
     config: Config,
@@ -765,7 +774,7 @@ def find_checkpoint(
         if config.resume: tqdm.write(f"{out}: no checkpoint to go on from; starting from the beginning.")
         return None, False
     before, now = asdict(read_config(out/"config.yaml")), asdict(config)
-    fixed = ("task", "init_from", "class_weights", "max_length", "long", "validation_fraction", "batch_size", "gradient_accumulation_steps", "optimizer", "seed", "n_layer", "n_head", "n_embd", "model")
+    fixed = ("task", "init_from", "new_symbols", "frozen_layers", "lora_rank", "class_weights", "max_length", "long", "validation_fraction", "batch_size", "gradient_accumulation_steps", "optimizer", "seed", "n_layer", "n_head", "n_embd", "model")
     differ = {name: f"{name} (was {before[name]}, is {now[name]})" for name in fixed if before[name] != now[name]}
     written = read_json(out/"split.json", remedy := "Replace the run (--overwrite) or choose another --output_dir.")
     if lacking := identity.keys() - written.keys(): raise InputError(f"{out}/split.json: has no {min(lacking)}. {remedy}")
@@ -804,12 +813,14 @@ def begin_run(
     corpus: Corpus,
     split: Split,
     identity: dict, # From `run_identity`
+    tokenizer,
+    model, # Before its first step
 ):
     "Says what the data is, clears away the earlier run where that was asked for, and writes `config.yaml` and `split.json`."
     out = Path(config.output_dir)
     tqdm.write(f"{corpus}\n{split}")
     if config.task == "classification": say_what_is_lacking(split)
-    if config.init_from: say_what_was_seen(config, split)
+    if config.init_from: say_what_is_known(config, tokenizer, model); say_what_was_seen(config, split, tokenizer)
     for folder in (out, out/"checkpoints"): sweep(folder)
     if config.overwrite:
         for name in ("checkpoints", "final_model", "best_model", "runs", "training_curves.png", "samples.png", "samples.jsonl"): remove(out/name)
@@ -827,15 +838,30 @@ def say_what_is_lacking(
     for purpose, labels in there.items():
         if lacking := [c for c in classes if c not in labels]: tqdm.write(f"{len(lacking)} of {len(classes)} classes have no sequence to {purpose}: {', '.join(lacking[:5])}{' and more' if len(lacking) > 5 else ''}.")
 
+# %% ../nbs/04_training.ipynb #34f9002d
+def say_what_is_known(
+    config: Config, # With `init_from`
+    tokenizer,
+    model, # Before its first step
+):
+    "Says what a model has from the one that it starts from, and how much of it learns, where that is not all."
+    known, symbols = len(known_rows(load_tokenizer(config.init_from), tokenizer)[0]) - len(SPECIALS), len(tokenizer) - len(SPECIALS)
+    if known < symbols: tqdm.write(f"{config.init_from} knows {known or 'none'} of the {symbols:,} symbols; those that it does not know begin {'at random' if config.new_symbols == 'random' else f'from its others ({config.new_symbols})'}.")
+    learning, every = sum(p.numel() for p in model.parameters() if p.requires_grad), count_parameters(model)["all"]
+    if learning < every: tqdm.write(f"{learning:,} of {every:,} parameters learn.")
+
 # %% ../nbs/04_training.ipynb #9815475e
 def say_what_was_seen(
     config: Config, # With `init_from`
     split: Split,
+    tokenizer,
 ):
     "Says how many of the sequences to validate on the model to start from was trained on."
+    old = load_tokenizer(config.init_from)
+    if not old.get_vocab().items() <= tokenizer.get_vocab().items(): return # other ids: other data
     try:
         before = replace(read_config(Path(config.init_from)/"config.yaml"), cache_dir=config.cache_dir)
-        seen = given_split(load_data(before, load_tokenizer(config.init_from))[1].train, split.validation).shared
+        seen = given_split(load_data(before, old)[1].train, split.validation).shared
     except InputError: return tqdm.write(f"What {config.init_from} was trained on is gone: whether the sequences to validate on were among it cannot be told.")
     if seen > split.shared: tqdm.write(f"{config.init_from} was trained on {seen:,} of the sequences to validate on, so they flatter. The --seed of that training, {before.seed}, gives its split.")
 
@@ -919,9 +945,10 @@ def task_parts(
 def train(
     config: Config,
     callbacks: list[TrainerCallback] = (), # More of them, for `Trainer`
+    named: set[str] = frozenset(), # See `start_from`
 ) -> Run:
     "Trains a GPT-2; raises `InputError` before anything is written, `Interrupted`, `Diverged` or `OutOfMemory` later."
-    config = start_from(config)
+    config = start_from(config, named)
     check_config(config)
     tokenizer = load_vocab(config)
     configure = partial(make_config, tokenizer, config.max_length, config.n_layer, config.n_head, config.n_embd, **config.model)
@@ -931,12 +958,13 @@ def train(
     tokenizer.model_max_length = config.max_length # where others cut off what is too long
     args, out = training_arguments(config, len(split.train)), Path(config.output_dir)
     model = new_model(model_config, config.seed, config.task)
-    if config.init_from: model.transformer.load_state_dict(load_model(config.init_from, task_of(config.init_from)).transformer.state_dict())
+    if config.init_from: take_over(model, tokenizer, config.init_from, config.new_symbols)
+    learn_in_part(model, config.frozen_layers, config.lora_rank)
     identity, first = run_identity(corpus, tokenizer, args), args.process_index == 0 # of several processes, one writes
     with alone_in(out) if first else contextlib.nullcontext(), StopOnSignal() as stop:
         checkpoint, done = find_checkpoint(config, args, identity, model)
         args.distributed_state.wait_for_everyone() # all have read what is now written anew
-        if first: begin_run(config, corpus, split, identity)
+        if first: begin_run(config, corpus, split, identity, tokenizer, model)
         by_length = np.argsort(split.validation.with_format("numpy")["length"][:], kind="stable")
         trainer = QuickTrainer(
             model, args, train_dataset=split.train, eval_dataset=split.validation.select(by_length), processing_class=tokenizer, **parts,

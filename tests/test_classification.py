@@ -232,9 +232,6 @@ def test_contradictions_to_the_model_it_starts_from(classifier, tmp_path):
     tune = lambda *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", tmp_path/"c", "--max_steps", 1, *args, cwd=classifier)
     refused(tune("--n_layer", 3), "n_layer is 3", "has 1", "--n_layer")
     refused(tune("--n_layer", 6), "n_layer is 6", "has 1") # the default, but named
-    refused(tune("--max_length", 12), "max_length is 12", "has 16")
-    write_lines(tmp_path/"o", [{"tokens": NOTES, "label": k % 2} for k in range(20)], vocab={**VOCAB, "A4": 9})
-    refused(tune("--data_path", tmp_path/"o"), "not the vocabulary of lm/best_model", "'A4'")
     refused(tune("--output_dir", "lm", "--overwrite"), "holds the model to start from")
     refused(tune("--output_dir", "lm"), "holds an earlier run")
     assert not (tmp_path/"c").exists() and (classifier/"lm/best_model/config.json").exists()
