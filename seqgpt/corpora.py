@@ -24,7 +24,7 @@ from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
-from .data import corpus_files, read_lines, write_corpus, written_whole
+from .data import corpus_files, label_symbols, read_lines, write_corpus, written_whole
 from .tokenizer import InputError, read_json, read_vocab
 
 # %% ../nbs/02_corpora.ipynb #2f8db0cb
@@ -87,7 +87,7 @@ def digits_shape(
     places = [m for m in (re.fullmatch(r"r(\d+)c(\d+)g(\d+)", s) for s in vocab) if m]
     if not places: return None
     n, levels = (1 + max(int(m[k]) for m in places) for k in (1, 3))
-    return (n, levels) if set(vocab) == set(digit_vocab(n, levels)) else None
+    return (n, levels) if set(vocab) - set(label_symbols(vocab)) == set(digit_vocab(n, levels)) else None # with labels in front or without
 
 # %% ../nbs/02_corpora.ipynb #97596e77
 def to_images(
@@ -378,6 +378,8 @@ def possible_pairs(
         pairs = [np.repeat(ids[:-1], levels, axis=1).ravel(), np.tile(ids[1:], levels).ravel()]
         first, last = ids[0], ids[-1]
     else: return None
-    rows = np.concatenate([pairs[0], np.full(len(first), vocab["<bos>"]), last])
-    columns = np.concatenate([pairs[1], first, np.full(len(last), vocab["<eos>"])])
+    labels = [vocab[s] for s in label_symbols(vocab)] # between <bos> and the first symbol, where there are any
+    begin = [vocab["<bos>"], *labels]
+    rows = np.concatenate([pairs[0], np.full(len(labels), vocab["<bos>"]), np.repeat(begin, len(first)), last]).astype(int)
+    columns = np.concatenate([pairs[1], labels, np.tile(first, len(begin)), np.full(len(last), vocab["<eos>"])]).astype(int)
     return sparse.csr_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(vocab), len(vocab)))

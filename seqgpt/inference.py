@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['encode_prompt', 'next_logits', 'next_tokens', 'likeliest', 'text_bars', 'plot_next', 'linear', 'Decoder',
-           'decoder_for', 'chooser', 'stream', 'Sample', 'Samples', 'generate', 'decode_sample', 'completions']
+           'decoder_for', 'chooser', 'stream', 'Sample', 'Samples', 'generate', 'decode_sample', 'completions',
+           'Guided']
 
 # %% ../nbs/05_inference.ipynb #fade5b40
 import difflib
@@ -255,15 +256,17 @@ def generate(
     seed: int | None = None, # Same seed, same samples; None: as the random generator stands
     batch_size: int = 32, # Sequences at once
     use_cache: bool = True, # Keep keys and values of earlier tokens instead of computing them again
+    guidance: float = 1.0, # Above 1: the first symbol of each prefix, such as a label, counts for more; see `Guided`
 ) -> Samples: # A list: samples of the first prefix, then of the second, ...
     "Continues each prefix; raises `InputError` for impossible options and prefixes that are too long."
     for name, value, fine, rule in (
             ("num_samples", num_samples, num_samples >= 1, "at least 1"), ("max_new_tokens", max_new_tokens, max_new_tokens is None or max_new_tokens >= 1, "at least 1"),
             ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"), ("top_k", top_k, top_k >= 0, "0 or more"),
             ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"), ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "more than 0"),
-            ("seed", seed, seed is None or 0 <= seed < 2**63, "0 or more, below 2**63")):
+            ("guidance", guidance, 0 <= guidance < float("inf"), "0 or more"), ("seed", seed, seed is None or 0 <= seed < 2**63, "0 or more, below 2**63")):
         if not fine: raise InputError(f"{name} is {value}. It must be {rule}.")
     encoded = [ids for p in prompts for ids in [encode_prompt(tokenizer, p)]*num_samples]
+    if guidance != 1 and min(map(len, encoded)) < 2: raise InputError("guidance is about the first symbol of a prefix, such as a label, and there is a prefix without symbols. Give one, or leave guidance out.")
     room = model.config.n_positions - max(map(len, encoded))
     if room < 1: raise InputError(f"The longest prefix has {max(map(len, encoded))} tokens; with {model.config.n_positions} positions there is no room to continue it.")
     new = min(room, max_new_tokens or room)
@@ -277,7 +280,8 @@ def generate(
             padding = torch.tensor([longest - len(p) for p in some], device=model.device)
             ids = torch.tensor([[tokenizer.pad_token_id]*(longest - len(p)) + p for p in some], device=model.device)
             added = []
-            for tokens in islice(stream(decoder_for(model)(model, padding, use_cache), ids, choose, tokenizer), new):
+            decoder = decoder_for(model)(model, padding, use_cache) if guidance == 1 else Guided(model, tokenizer, padding, guidance, use_cache)
+            for tokens in islice(stream(decoder, ids, choose, tokenizer), new):
                 added.append(tokens)
                 bar.update()
             samples += [decode_sample(tokenizer, p, row) for p, row in zip(some, torch.stack(added, 1).tolist())]
@@ -308,3 +312,24 @@ def completions(
     "Gives the beginning of each sequence and has the model complete it."
     samples = generate(model, tokenizer, [s[:int(share*len(s))] for s in sequences], num_samples, **options)
     return [Samples(samples[k:k + num_samples]) for k in range(0, len(samples), num_samples)]
+
+# %% ../nbs/05_inference.ipynb #76629bf6
+class Guided:
+    "The logits behind sequences that grow, as `Decoder`, with classifier-free guidance by the first symbol of each prefix."
+    def __init__(self,
+        model, # A language model, in evaluation mode
+        tokenizer, # Its tokenizer
+        padding: torch.Tensor, # (sequences,): how many ids at the left of each are padding
+        scale: float, # 1: as the model has it; more: the first symbol counts for more
+        use_cache: bool = True, # See `Decoder`
+    ):
+        self.padding, self.scale, self.tokenizer = padding, scale, tokenizer
+        self.asked, self.free = (decoder_for(model)(model, p, use_cache) for p in (padding, padding + 1))
+
+    def __call__(self,
+        ids: torch.Tensor, # (sequences, tokens): those of the call before and more
+    ) -> torch.Tensor: # (sequences, vocabulary)
+        without, row = ids.clone(), torch.arange(len(ids), device=ids.device)
+        without[row, self.padding], without[row, self.padding + 1] = self.tokenizer.pad_token_id, self.tokenizer.bos_token_id
+        asked, free = (decoder(x).float().log_softmax(-1) for decoder, x in ((self.asked, ids), (self.free, without)))
+        return free + self.scale*(asked - free)
