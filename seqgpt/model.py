@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AttentionInterface, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
@@ -87,6 +88,7 @@ def make_config(
         fields = {name: float(value) if GPT2Config.__annotations__[name] is float and type(value) is int else value for name, value in fields.items()} # in YAML 1 is no float
         config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **derived, **label_fields(classes), **{**defaults, **fields})
     except Exception as e: raise InputError(f"The model cannot be built so: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    if str(config.activation_function) not in ACT2FN: raise InputError(f"There is no activation_function {config.activation_function!r}. Choose one of {', '.join(sorted(ACT2FN))}.")
     block_shapes(config)
     for name in fields:
         if "drop" in name and not 0 <= (value := getattr(config, name)) < 1: raise InputError(f"{name} is {value}. It is the share of numbers that dropout sets to zero: 0 or more, and less than 1.")
