@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AttentionInterface, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
@@ -52,8 +53,10 @@ def block_shapes(
     one = copy.copy(config)
     one.n_layer = 1
     try:
-        with torch.device("meta"): return {name: tuple(p.shape) for name, p in TASKS[task](one).named_parameters()}
+        with torch.device("meta"): model = TASKS[task](one)
     except Exception as e: raise InputError(f"The model cannot be built so: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    if model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys(): raise InputError(f"activation_function is {config.activation_function!r}, which keeps numbers that are not trained. Choose one without, such as 'gelu_new'.")
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 def label_fields(
     classes: list[str] | None, # Names of the classes of a classifier
@@ -79,10 +82,16 @@ def make_config(
         if name not in GPT2Config.__annotations__:
             near = difflib.get_close_matches(name, GPT2Config.__annotations__, 1)
             raise InputError(f"GPT2Config has no field {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    if fields.get("add_cross_attention"): raise InputError("add_cross_attention: there is no encoder to attend to, so its weights would never be used or trained. Leave it out.")
     defaults = dict(attn_pdrop=0.0, activation_function="gelu_pytorch_tanh")
-    try: config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **derived, **label_fields(classes), **{**defaults, **fields})
+    try:
+        fields = {name: float(value) if GPT2Config.__annotations__[name] is float and type(value) is int else value for name, value in fields.items()} # in YAML 1 is no float
+        config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **derived, **label_fields(classes), **{**defaults, **fields})
     except Exception as e: raise InputError(f"The model cannot be built so: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    if str(config.activation_function) not in ACT2FN: raise InputError(f"There is no activation_function {config.activation_function!r}. Choose one of {', '.join(sorted(ACT2FN))}.")
     block_shapes(config)
+    for name in fields:
+        if "drop" in name and not 0 <= (value := getattr(config, name)) < 1: raise InputError(f"{name} is {value}. It is the share of numbers that dropout sets to zero: 0 or more, and less than 1.")
     return config
 
 # %% ../nbs/03_model.ipynb #0cffe13b

@@ -591,7 +591,7 @@ def save_model(
     "Writes model, tokenizer, configuration, metrics and model card: all of it or nothing."
     model = merged(model)
     with written_whole(folder) as part:
-        use_cache, model.config.use_cache = model.config.use_cache, True # Trainer turned it off; whoever generates wants it
+        use_cache, model.config.use_cache = model.config.use_cache, config.model.get("use_cache", True) # Trainer turned it off; whoever generates wants it
         model.save_pretrained(part)
         model.config.use_cache = use_cache
         save_tokenizer(tokenizer, part)

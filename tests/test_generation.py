@@ -13,7 +13,7 @@ EQUAL, UNEQUAL = ["C4 D4"], ["C4", "", "E4 F4 G4 C4 D4 E4", "C4 D4"]
 WAYS = {"greedy": dict(temperature=0), "sampled": {}, "cool": dict(temperature=0.7), "top_k": dict(top_k=3), "top_p": dict(top_p=0.8), "penalty": dict(repetition_penalty=1.3),
         "greedy, penalty": dict(temperature=0, repetition_penalty=1.5), "everything": dict(temperature=1.5, top_k=5, top_p=0.9, repetition_penalty=1.2)}
 FIELDS = {"plain": {}, "no scale": dict(scale_attn_weights=False), "scale by layer": dict(scale_attn_by_inverse_layer_idx=True), "inner": dict(n_inner=24), "relu": dict(activation_function="relu"),
-          "epsilon": dict(layer_norm_epsilon=0.1), "own head": dict(tie_word_embeddings=False), "cross": dict(add_cross_attention=True), "no cache": dict(use_cache=False)}
+          "epsilon": dict(layer_norm_epsilon=0.1), "own head": dict(tie_word_embeddings=False), "no cache": dict(use_cache=False)}
 
 
 def random_model(max_length=140, scale=8, **fields):
