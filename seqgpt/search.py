@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'FIELDS', 'SPACE', 'short', 'as_text', 'NAMES', 'done_trials', 'read_range', 'read_space', 'with_values',
            'value_of', 'Report', 'quiet', 'run_trial', 'Search', 'trial_row', 'trial_line', 'trial_head', 'plot_study',
-           'open_study', 'search_command', 'keep_best', 'unheard', 'begin_study', 'propose', 'run_study',
-           'write_search', 'search']
+           'open_study', 'search_command', 'keep_best', 'unheard', 'combinations', 'first_proposals', 'propose',
+           'run_study', 'write_search', 'search']
 
 # %% ../nbs/12_search.ipynb #4b8ab71a
 import contextlib
@@ -30,6 +30,7 @@ import optuna
 import seaborn as sns
 import yaml
 from accelerate.utils.memory import clear_device_cache
+from matplotlib.ticker import MaxNLocator
 from optuna.trial import TrialState
 from tqdm.auto import tqdm
 from transformers import GPT2Config, TrainerCallback
@@ -40,7 +41,7 @@ from .model import make_config
 from .tokenizer import InputError, html_table, read_json
 from .training import Config, Diverged, Finished, Interrupted, OutOfMemory, alone_in, check_config, checkpoints_in, load_data, load_vocab, out_of_memory, start_from, train, write_config
 
-# %% ../nbs/12_search.ipynb #20bb3535
+# %% ../nbs/12_search.ipynb #61ca47d3
 SETTINGS = ("learning_rate", "batch_size", "warmup_steps", "weight_decay", "max_grad_norm", "optimizer", "lr_scheduler_type", "num_epochs", "max_steps", "gradient_accumulation_steps",
             "early_stopping_patience", "precision", "n_layer", "n_head", "n_embd") # the others change what is measured, not how well it is learned
 FIELDS = tuple(f"model.{name}" for name in GPT2Config.__annotations__ if name not in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"))
@@ -91,7 +92,7 @@ def value_of(
     "What a setting is in `config`; None where only the library knows."
     return getattr(config, name) if name in SETTINGS else config.model.get(name[6:], getattr(GPT2Config(), name[6:], None))
 
-# %% ../nbs/12_search.ipynb #9b27858f
+# %% ../nbs/12_search.ipynb #ca1b7bca
 class Report(TrainerCallback):
     "Tells a trial the loss of each validation, and stops the training where the trial lags behind."
     def __init__(self,
@@ -106,7 +107,7 @@ class Report(TrainerCallback):
         if share not in self.trial.study.trials[self.trial.number].intermediate_values: self.trial.report(metrics["eval_loss"], share) # a run that goes on may validate again
         if share < 100 and self.trial.should_prune(): self.stopped, control.should_training_stop = share, True
 
-# %% ../nbs/12_search.ipynb #d1f443ad
+# %% ../nbs/12_search.ipynb #b9744fee
 @contextlib.contextmanager
 def quiet():
     "Nobody reads the lines, tables and bars of twenty runs."
@@ -132,7 +133,7 @@ def run_trial(
     best = Path(config.output_dir)/"best_model/metrics.json"
     return {"seconds": round(time.perf_counter() - start, 1), "metrics": read_json(best) if best.exists() else {}, **({"failed": failed} if failed else {"stopped": report.stopped} if report.stopped else {})}
 
-# %% ../nbs/12_search.ipynb #0473d76b
+# %% ../nbs/12_search.ipynb #62087d42
 @dataclass
 class Search:
     "What a search has found."
@@ -163,7 +164,7 @@ class Search:
 short = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
 as_text = lambda settings: ", ".join(f"{name} {short(value)}" for name, value in settings.items())
 
-# %% ../nbs/12_search.ipynb #720d2e1f
+# %% ../nbs/12_search.ipynb #adbfb284
 def trial_row(
     trial: optuna.trial.FrozenTrial, # A finished one
 ) -> dict:
@@ -189,7 +190,7 @@ def trial_head(
     "The line above the table."
     return "trial " + " ".join(f"{name:>{max(8, len(name))}}" for name in space) + f" {level:>10} {'time':>9}"
 
-# %% ../nbs/12_search.ipynb #7deeeade
+# %% ../nbs/12_search.ipynb #c1599d6a
 def plot_study(
     search: Search,
 ):
@@ -201,23 +202,25 @@ def plot_study(
     lines = math.ceil((1 + len(space))/columns)
     with sns.axes_style("whitegrid"): fig, axes = plt.subplots(lines, columns, figsize=(3.8*columns, 2.9*lines), layout="constrained", squeeze=False, sharey=True)
     values = np.array([t[level] for t in done]) if done else np.ones(1)
-    low, high = values.min(), np.quantile(values, 0.8)
-    top = high + 0.3*(high - low) or 1.1*high
+    low, high = values.min(), np.sort(values)[int(0.8*(len(values) - 1))]
+    top = high + (0.3*(high - low) or 0.1*abs(high)) # what lies above is drawn at the edge
     for ax in axes.flat[1 + len(space):]: ax.set_visible(False)
     for ax, name in zip(axes.flat, ["", *space]):
         x = lambda t, name=name: short(t["settings"][name]) if name and isinstance(space[name], list) else t["settings"][name] if name else t["trial"]
         if name and isinstance(space[name], list): ax.plot([short(literal(v)) for v in space[name]], [low]*len(space[name]), alpha=0) # all choices, in their order
         for group, colour, mark, label in ((stopped, "0.6", "x", "stopped early"), (done, "tab:orange", "o", "finished"), (failed, "tab:red", "v", "failed")):
             ax.scatter([x(t) for t in group], [min(t.get(level, top), top) if group is not failed else top for t in group], c=colour, marker=mark, s=28, label=label if group else None, clip_on=False, zorder=3)
-        share = f" ({search.importances[name]:.0%})" if name in search.importances else ""
-        ax.set(title=f"{name}{share}" if name else f"validation {level}", xlabel="" if name else "trial", ylim=(low - 0.08*(top - low), top))
-        if name and not isinstance(space[name], list) and getattr(read_range(name, space[name]), "log", False): ax.set_xscale("log")
+        share = f": importance {search.importances[name]:.0%}" if name in search.importances else ""
+        ax.set(title=f"{name}{share}" if name else f"validation {level}", xlabel="" if name else "trial", ylim=(low - 0.08*(top - low), top + 0.03*(top - low)))
+        kind = read_range(name, space[name]) if name else optuna.distributions.IntDistribution(0, 1)
+        if getattr(kind, "log", False): ax.set_xscale("log")
+        elif isinstance(kind, optuna.distributions.IntDistribution): ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if done:
         axes.flat[0].step([t["trial"] for t in done] + [len(search.trials) - 1], [*np.minimum(np.minimum.accumulate(values), top), min(low, top)], where="post", color="tab:green", label="best so far")
     axes.flat[0].legend(fontsize=8)
     return fig
 
-# %% ../nbs/12_search.ipynb #3be4efc9
+# %% ../nbs/12_search.ipynb #a09f52f9
 NAMES = ("study.jsonl", "best_model", "best.yaml", "trials.jsonl", "study.png", "config.yaml") # in the folder of a search
 
 def open_study(
@@ -270,7 +273,7 @@ def keep_best(
             with written_whole(out/"best_model") as part: shutil.copytree(folder/"best_model", part)
         remove(folder)
 
-# %% ../nbs/12_search.ipynb #9662542e
+# %% ../nbs/12_search.ipynb #b1ba5922
 done_trials = lambda study: [t for t in study.trials if t.state.is_finished()]
 
 @contextlib.contextmanager
@@ -284,19 +287,26 @@ def unheard():
             yield
     finally: optuna.logging.set_verbosity(before)
 
-def begin_study(
-    study: optuna.Study, # Without trials
+def combinations(
+    where: dict[str, optuna.distributions.BaseDistribution], # From `read_space`
+    most: int,
+) -> list[dict]: # Empty where there are more
+    "All settings in a space, where they are no more than `most`."
+    values = [getattr(d, "choices", None) or (range(d.low, d.high + 1) if isinstance(d, optuna.distributions.IntDistribution) else range(most + 1)) for d in where.values()]
+    return [dict(zip(where, v)) for v in itertools.product(*values)] if math.prod(map(len, values)) <= most else []
+
+def first_proposals(
+    study: optuna.Study,
     config: Config,
     where: dict[str, optuna.distributions.BaseDistribution], # From `read_space`
     trials: int,
 ):
-    "The first proposals: the settings of `config`, and all others too where they are no more than `trials`."
-    values = {name: list(getattr(d, "choices", ())) or (range(d.low, d.high + 1) if hasattr(d, "step") and d.step else None) for name, d in where.items()}
-    first = {name: v for name, d in where.items() if type(v := value_of(config, name)) in (bool, int, float, str) and (v in d.choices if hasattr(d, "choices") else d.low <= v <= d.high)}
-    if first: study.enqueue_trial(first)
-    if any(v is None for v in values.values()) or math.prod(map(len, values.values())) > trials: return
-    rest = [combination for v in itertools.product(*values.values()) if (combination := dict(zip(values, v))) != first]
-    for k in np.random.default_rng(config.seed).permutation(len(rest)): study.enqueue_trial(rest[k])
+    "Has the first trial take the settings of `config`, as far as they are in the space; and the others all that there are, where they are few."
+    inside = lambda d, v: v in d.choices if hasattr(d, "choices") else d.low <= v <= d.high
+    first = {name: v for name, d in where.items() if type(v := value_of(config, name)) in (bool, int, float, str) and inside(d, v)}
+    if first and not study.trials: study.enqueue_trial(first)
+    few = combinations(where, trials)
+    for k in np.random.default_rng(config.seed).permutation(len(few)): study.enqueue_trial(few[k], skip_if_exists=True)
 
 def propose(
     study: optuna.Study,
@@ -308,7 +318,7 @@ def propose(
     study.sampler = optuna.samplers.TPESampler(seed=(seed + len(done_trials(study))) % 2**32) # so a search that goes on proposes what it would have proposed
     if open_ones: trial = optuna.Trial(study, study.trials[open_ones[0]]._trial_id)
     else: trial = study.ask()
-    suggest = lambda name, d: trial.suggest_categorical(name, d.choices) if hasattr(d, "choices") else (trial.suggest_float if hasattr(d, "log") and isinstance(d, optuna.distributions.FloatDistribution) else trial.suggest_int)(name, d.low, d.high, log=d.log)
+    suggest = lambda name, d: trial.suggest_categorical(name, d.choices) if hasattr(d, "choices") else (trial.suggest_float if isinstance(d, optuna.distributions.FloatDistribution) else trial.suggest_int)(name, d.low, d.high, log=d.log)
     return trial, {name: suggest(name, d) for name, d in where.items()}
 
 def run_study(
@@ -321,11 +331,12 @@ def run_study(
     "Runs the trials that are still to be run, with a line for each."
     out, level = Path(config.output_dir), "perplexity" if config.task == "clm" else "loss"
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=20) if prune else optuna.pruners.NopPruner()
-    if not study.trials: begin_study(study, config, where, trials)
+    first_proposals(study, config, where, trials)
+    trials = len(combinations(where, trials)) or trials
     rows = [trial_row(t) for t in done_trials(study)]
     best = min((r[level] for r in rows if r["state"] == "finished"), default=math.inf)
     tqdm.write(trial_head(where, level))
-    with tqdm(total=trials, initial=len(rows), bar_format="{l_bar}{bar}| {n:.1f} of {total} trials [{elapsed}, about {remaining} left]") as bar:
+    with tqdm(total=trials, initial=len(rows), smoothing=0, mininterval=0.5, bar_format="{l_bar}{bar}| {n:.1f} of {total} trials [{elapsed}, about {remaining} left]") as bar:
         for number in range(len(rows), trials):
             trial, values = propose(study, where, config.seed)
             same = next((t for t in done_trials(study) if t.params == values), None)
@@ -354,12 +365,12 @@ def write_search(
     write_lines(out/"trials.jsonl", found.trials)
     if not found.ranking: return found
     write_config(replace(with_values(config, found.ranking[0]["settings"]), output_dir=Config.output_dir), out/"best.yaml")
-    if len(found.ranking) >= 5: found.importances = optuna.importance.get_param_importances(study)
+    if len(found.ranking) >= 10: found.importances = optuna.importance.get_param_importances(study) # of fewer, it would be guessed
     with written_whole(out/"study.png") as part: plot_study(found).savefig(part, format="png", dpi=120)
     plt.close()
     return found
 
-# %% ../nbs/12_search.ipynb #ec1d6375
+# %% ../nbs/12_search.ipynb #5c3efe54
 def search(
     config: Config, # What all trials have in common; `output_dir` is for the search
     space: dict | None = None, # Name of a setting to choices or range, see `read_range`; default: `SPACE`
