@@ -347,6 +347,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'seqgpt.search.first_proposals': ('search.html#first_proposals', 'seqgpt/search.py'),
                                'seqgpt.search.keep_best': ('search.html#keep_best', 'seqgpt/search.py'),
                                'seqgpt.search.open_study': ('search.html#open_study', 'seqgpt/search.py'),
+                               'seqgpt.search.part_of': ('search.html#part_of', 'seqgpt/search.py'),
                                'seqgpt.search.plot_study': ('search.html#plot_study', 'seqgpt/search.py'),
                                'seqgpt.search.propose': ('search.html#propose', 'seqgpt/search.py'),
                                'seqgpt.search.quiet': ('search.html#quiet', 'seqgpt/search.py'),

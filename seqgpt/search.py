@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'FIELDS', 'SPACE', 'short', 'as_text', 'NAMES', 'done_trials', 'read_range', 'read_space', 'with_values',
            'value_of', 'Report', 'quiet', 'run_trial', 'Search', 'trial_row', 'trial_line', 'trial_head', 'plot_study',
-           'open_study', 'search_command', 'keep_best', 'unheard', 'combinations', 'first_proposals', 'propose',
-           'run_study', 'write_search', 'search']
+           'open_study', 'search_command', 'keep_best', 'unheard', 'combinations', 'first_proposals', 'part_of',
+           'propose', 'run_study', 'write_search', 'search']
 
 # %% ../nbs/12_search.ipynb #4b8ab71a
 import contextlib
@@ -121,10 +121,11 @@ def run_trial(
     seen, begun = report.trial.study.trials[report.trial.number].intermediate_values, bool(checkpoints_in(Path(config.output_dir)/"checkpoints"))
     start = time.perf_counter()
     failed = None
+    if not begun: remove(Path(config.output_dir))
     if begun and seen and max(seen) < 100 and report.trial.should_prune(): report.stopped = max(seen) # killed when that was decided, but not yet written
     else:
         try:
-            with quiet(): train(replace(config, resume=begun, overwrite=not begun), [report])
+            with quiet(): train(replace(config, resume=begun, overwrite=False), [report])
         except Finished: pass # killed when it was trained, but that was not yet written
         except (InputError, RuntimeError, MemoryError) as e:
             if not isinstance(e, InputError | Diverged | OutOfMemory) and not out_of_memory(e): raise
@@ -198,7 +199,7 @@ def plot_study(
     level, space = search.level, search.space
     done, stopped = ([t for t in search.trials if t["state"] == state and level in t] for state in ("finished", "stopped"))
     failed = [t for t in search.trials if t["state"] == "failed"]
-    columns = min(3, 1 + len(space))
+    columns = 4 if len(space) == 3 else min(3, 1 + len(space))
     lines = math.ceil((1 + len(space))/columns)
     with sns.axes_style("whitegrid"): fig, axes = plt.subplots(lines, columns, figsize=(3.8*columns, 2.9*lines), layout="constrained", squeeze=False, sharey=True)
     values = np.array([t[level] for t in done]) if done else np.ones(1)
@@ -301,12 +302,24 @@ def first_proposals(
     where: dict[str, optuna.distributions.BaseDistribution], # From `read_space`
     trials: int,
 ):
-    "Has the first trial take the settings of `config`, as far as they are in the space; and the others all that there are, where they are few."
+    "For the first trial the settings of `config`, as far as they are in the space; then all that there are, where they are few, or ten that are spread over the space."
     inside = lambda d, v: v in d.choices if hasattr(d, "choices") else d.low <= v <= d.high
     first = {name: v for name, d in where.items() if type(v := value_of(config, name)) in (bool, int, float, str) and inside(d, v)}
-    if first and not study.trials: study.enqueue_trial(first)
-    few = combinations(where, trials)
-    for k in np.random.default_rng(config.seed).permutation(len(few)): study.enqueue_trial(few[k], skip_if_exists=True)
+    few, rng, new = combinations(where, trials), np.random.default_rng(config.seed), not study.trials
+    if first and new: study.enqueue_trial(first)
+    for k in rng.permutation(len(few)): study.enqueue_trial(few[k], skip_if_exists=True)
+    if few or not new: return
+    spread = {name: (rng.permutation(10) + rng.random(10))/10 for name in where} # a Latin hypercube: of each setting a value in each tenth
+    for k in range(10): study.enqueue_trial({name: part_of(d, float(spread[name][k])) for name, d in where.items()})
+
+def part_of(
+    d: optuna.distributions.BaseDistribution,
+    share: float, # 0 to 1
+):
+    "The value that so large a share of all values lies below."
+    if hasattr(d, "choices"): return d.choices[int(share*len(d.choices))]
+    if isinstance(d, optuna.distributions.IntDistribution): return d.low + int(share*(d.high + 1 - d.low))
+    return min(d.low*(d.high/d.low)**share if d.log else d.low + share*(d.high - d.low), d.high)
 
 def propose(
     study: optuna.Study,
