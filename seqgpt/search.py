@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 import seaborn as sns
+import torch
 import yaml
 from accelerate.utils.memory import clear_device_cache
 from matplotlib.ticker import MaxNLocator
@@ -110,8 +111,8 @@ class Report(TrainerCallback):
 # %% ../nbs/12_search.ipynb #b9744fee
 @contextlib.contextmanager
 def quiet():
-    "Nobody reads the lines, tables and bars of twenty runs."
-    with contextlib.redirect_stdout(io.StringIO()), mock.patch("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", TrainerCallback): yield
+    "Nobody looks at the lines, bars and curves of twenty runs."
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", TrainerCallback), mock.patch("seqgpt.training.save_curves"): yield
 
 def run_trial(
     config: Config, # Of the trial; its `output_dir` goes on where a run was interrupted
@@ -130,7 +131,7 @@ def run_trial(
         except (InputError, RuntimeError, MemoryError) as e:
             if not isinstance(e, InputError | Diverged | OutOfMemory) and not out_of_memory(e): raise
             failed = str(e).split("\n")[0] or "Out of memory."
-    clear_device_cache(garbage_collection=True)
+    clear_device_cache(garbage_collection=torch.accelerator.is_available())
     best = Path(config.output_dir)/"best_model/metrics.json"
     return {"seconds": round(time.perf_counter() - start, 1), "metrics": read_json(best) if best.exists() else {}, **({"failed": failed} if failed else {"stopped": report.stopped} if report.stopped else {})}
 
@@ -310,7 +311,7 @@ def first_proposals(
     for k in rng.permutation(len(few)): study.enqueue_trial(few[k], skip_if_exists=True)
     if few or not new: return
     spread = {name: (rng.permutation(10) + rng.random(10))/10 for name in where} # a Latin hypercube: of each setting a value in each tenth
-    for k in range(10): study.enqueue_trial({name: part_of(d, float(spread[name][k])) for name, d in where.items()})
+    for k in range(10): study.enqueue_trial({name: part_of(d, float(spread[name][k])) for name, d in where.items()}, skip_if_exists=True)
 
 def part_of(
     d: optuna.distributions.BaseDistribution,
@@ -355,7 +356,9 @@ def run_study(
             same = next((t for t in done_trials(study) if t.params == values), None)
             def progress(share): bar.n = number + share; bar.update(0)
             folder = out/f"trial-{trial.number:03}"
-            if same: result = same.user_attrs["result"] | {"same": same.number, "seconds": 0.0}
+            if same:
+                result = same.user_attrs["result"] | {"same": same.number, "seconds": 0.0}
+                for share, loss in same.intermediate_values.items(): trial.report(loss, share)
             else: result = run_trial(replace(with_values(config, values), output_dir=str(folder)), Report(trial, progress))
             trial.set_user_attr("result", result)
             if {"failed", "stopped"} & result.keys(): study.tell(trial, state=TrialState.PRUNED) # also what failed: Optuna would learn nothing from a trial that it takes to have failed

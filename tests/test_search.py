@@ -89,27 +89,27 @@ def test_kinds_of_ranges():
 
 
 class Stop(S.Report):
-    "Ctrl-C in the second epoch of the third trial."
+    "Ctrl-C in the second epoch of the fourth trial."
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.trial.number == 2 and state.epoch > 1: raise KeyboardInterrupt
+        if self.trial.number == 3 and state.epoch > 1: raise KeyboardInterrupt
 
 
 def test_an_interrupted_search_ends_as_one_that_was_not(base, corpus, monkeypatch):
     space = {"learning_rate": "1e-4..1e-1", "n_head": [2, 3], "weight_decay": "0.0..0.3"}
-    whole = S.search(S.replace(base, output_dir="whole"), space, 7)
+    whole = S.search(S.replace(base, output_dir="whole"), space, 5)
     with monkeypatch.context() as patch:
         patch.setattr(S, "Report", Stop)
-        with pytest.raises(Interrupted, match="Stopped after 2 of 7 trials; all is saved. Go on with: seqgpt search --config s/config.yaml --resume"): S.search(base, space, 7)
-    assert (corpus/"s/trial-002/checkpoints").exists() and len((corpus/"s/trials.jsonl").read_text().splitlines()) == 2
+        with pytest.raises(Interrupted, match="Stopped after 3 of 5 trials; all is saved. Go on with: seqgpt search --config s/config.yaml --resume"): S.search(base, space, 5)
+    assert (corpus/"s/trial-003/checkpoints").exists() and len((corpus/"s/trials.jsonl").read_text().splitlines()) == 3
     with open(corpus/"s/study.jsonl", "a") as journal: journal.write('{"op_code": 4, "wor') # as if it had been killed while writing
     assert same(S.search(S.replace(base, resume=True), space, 4), S.Search(whole.output_dir, space, whole.trials[:4]))
-    halves = S.search(S.replace(base, resume=True), space, 7) # more trials than at first
+    halves = S.search(S.replace(base, resume=True), space, 5) # more trials than at first
     assert same(halves, whole) and read_config("s/best.yaml") == read_config("whole/best.yaml")
     assert (corpus/"s/best_model/model.safetensors").read_bytes() == (corpus/"whole/best_model/model.safetensors").read_bytes()
     assert not [*corpus.glob("s/trial-*"), *corpus.glob("s/.*.part")]
-    with pytest.raises(InputError, match="space"): S.search(S.replace(base, resume=True), {"n_layer": [1]}, 7)
+    with pytest.raises(InputError, match="space"): S.search(S.replace(base, resume=True), {"n_layer": [1]}, 5)
     write_lines(corpus, [{"tokens": ["C4"]}, {"tokens": ["D4"]}]*5)
-    with pytest.raises(InputError, match="differ from the interrupted search: the data"): S.search(S.replace(base, resume=True), space, 7)
+    with pytest.raises(InputError, match="differ from the interrupted search: the data"): S.search(S.replace(base, resume=True), space, 5)
 
 
 def test_a_trial_that_was_told_nobody_is_not_run_again(base, corpus, monkeypatch):
@@ -135,16 +135,25 @@ def test_trials_fail_with_a_reason_and_the_search_goes_on(base, monkeypatch, cap
     assert "failed: n_embd (16) is not divisible by n_head (3)" in capsys.readouterr().out
     train = S.train
     def short_of_memory(config, callbacks):
-        if config.learning_rate == 2e-3: raise torch.OutOfMemoryError("CUDA out of memory")
+        if config.learning_rate == 2e-3: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         if config.learning_rate == 4e-3: raise S.Diverged("The loss is nan: training has diverged.\nStart again")
         return train(config, callbacks)
     monkeypatch.setattr(S, "train", short_of_memory)
     found = S.search(S.replace(base, output_dir="m"), {"learning_rate": [1e-3, 2e-3, 4e-3]}, 3)
     reasons = {t["settings"]["learning_rate"]: t.get("failed") for t in found.trials}
-    assert reasons == {1e-3: None, 2e-3: "CUDA out of memory", 4e-3: "The loss is nan: training has diverged."}
+    assert reasons == {1e-3: None, 2e-3: "CUDA out of memory. Tried to allocate 2 GiB", 4e-3: "The loss is nan: training has diverged."}
     with pytest.raises(InputError, match="none of the 1 trials could be trained"): S.search(S.replace(base, output_dir="n"), {"learning_rate": [2e-3]}, 3)
     monkeypatch.setattr(S, "train", lambda *_: {}["a fault of ours"])
     with pytest.raises(KeyError): S.search(S.replace(base, output_dir="f"), {"learning_rate": [2e-3]}, 3)
+
+
+def test_no_settings_are_trained_twice(base, monkeypatch):
+    train, trained = S.train, []
+    monkeypatch.setattr(S, "train", lambda config, callbacks: trained.append(config.optimizer) or train(config, callbacks))
+    config = S.replace(base, num_epochs=1)
+    found = S.search(config, {"optimizer": ["adamw", "muon", "oops"]}, 2) # too many to try each
+    assert S.search(S.replace(config, resume=True), {"optimizer": ["adamw", "muon", "oops"]}, 9).trials[:2] == found.trials # now they are few enough
+    assert sorted(trained) == ["adamw", "muon", "oops"]
 
 
 def test_who_lags_behind_is_stopped_unless_that_is_not_wanted(base, monkeypatch):
@@ -179,7 +188,7 @@ def test_classification(melodies, tmp_path):
     result = seqgpt(*RUN, "--task", "classification", "--num_epochs", 2, "--trials", 2, "--space.batch_size", "[8,16,32]", "--output_dir", "s", cwd=tmp_path)
     assert result.returncode == 0 and "validation loss" in result.stdout and "accuracy" not in result.stdout.split("\n2 trials")[0], result.stderr
     rows = [json.loads(line) for line in open(tmp_path/"s/trials.jsonl")]
-    assert all("macro_f1" in row and min(row["validations"].values()) == row["loss"] for row in rows)
+    assert rows[0]["settings"] == {"batch_size": 16} != rows[1]["settings"] and all("macro_f1" in row and min(row["validations"].values()) == row["loss"] for row in rows)
 
 
 def test_jupyter_shows_the_best_first_and_nothing_is_run_in_it():
