@@ -157,7 +157,7 @@ class Search:
     def __repr__(self):
         count = ", ".join(f"{n} {state}" for state in ("finished", "stopped", "failed") if (n := sum(t["state"] == state for t in self.trials)))
         best = f"The best is trial {(b := self.ranking[0])['trial']}, validation {self.level} {b[self.level]:.4g}: {as_text(b['settings'])}" if self.ranking else "There is no best one yet"
-        return f"{len(self.trials)} trials: {count or 'none'}. {best}."
+        return f"{(n := len(self.trials))} trial{'s'*(n != 1)}: {count or 'none'}. {best}."
 
     def _repr_html_(self):
         rows = [[t["trial"], *(short(t["settings"].get(name, "")) for name in self.space), f"{t[self.level]:.4g}", f"{t['accuracy']:.2%}"] for t in self.ranking[:10]]
@@ -235,7 +235,7 @@ def open_study(
     if link := next((p for p in (*(out/name for name in NAMES), *folders) if p.is_symlink()), None): raise InputError(f"{link}: is a link, and what it leads to may not be ours. Remove it, or choose another --output_dir (which may be a link itself).")
     if not path.exists() and (other := next((out/name for name in ("checkpoints", "final_model", *NAMES[1:]) if (out/name).exists()), None)): raise InputError(f"{other}: is of another run. Choose another --output_dir for the search.")
     if path.exists() and not config.resume and not config.overwrite: raise InputError(f"{out}: holds an earlier search. Go on with it (--resume), replace it (--overwrite) or choose another --output_dir.")
-    out.mkdir(parents=True, exist_ok=True)
+    if config.resume and not path.exists(): tqdm.write(f"{out}: no search to go on with; starting from the beginning.")
     sweep(out)
     if config.overwrite:
         for p in (*folders, *(out/name for name in NAMES)): remove(p)

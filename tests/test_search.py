@@ -50,7 +50,7 @@ def test_command_finds_what_is_known_to_be_best(corpus):
     assert again.returncode == 0 and "2 trials: 2 finished" in again.stdout, again.stderr
     refused(seqgpt("search", "--config", "s/config.yaml", "--resume", "--num_epochs", 3, cwd=corpus), "num_epochs (was 2.0, is 3.0)")
     replaced = seqgpt(*RUN, "--num_epochs", 1, "--trials", 1, "--output_dir", "s", "--overwrite", "--space.n_layer", "[2]", "--space.model.resid_pdrop", "0.2..0.3", cwd=corpus)
-    assert replaced.returncode == 0 and "1 trials: 1 finished" in replaced.stdout, replaced.stderr
+    assert replaced.returncode == 0 and "1 trial: 1 finished" in replaced.stdout, replaced.stderr
     best = yaml.safe_load((corpus/"s/best.yaml").read_text())
     assert best["n_layer"] == 2 and 0.2 <= best["model"]["resid_pdrop"] <= 0.3
 
