@@ -415,5 +415,5 @@ def search(
         try: run_study(study, config, where, trials, prune)
         except KeyboardInterrupt: raise Interrupted(f"Stopped after {len(done_trials(study))} of {trials} trials; all is saved. Go on with: {search_command(out)}") from None
         finally: found = write_search(study, config, space)
-        if not found.ranking: raise InputError(f"{out}: none of the {trials} trials could be trained to the end. The last: {found.trials[-1].get('failed', 'stopped')}\nSearch elsewhere, with --overwrite or another --output_dir.")
+        if not found.ranking: raise InputError(f"{out}: none of the {len(found.trials)} trials could be trained to the end. The last: {found.trials[-1].get('failed', 'stopped')}\nSearch elsewhere, with --overwrite or another --output_dir.")
         return found
