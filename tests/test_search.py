@@ -178,6 +178,8 @@ def test_who_lags_behind_is_stopped_unless_that_is_not_wanted(base, monkeypatch)
     settings = [t["settings"]["weight_decay"] for t in found.trials]
     assert settings[0] == 0.01 and sum(settings[-10:]) < sum(settings[1:11])/2 # it has learned where to look
     assert found.ranking[0]["settings"]["weight_decay"] == min(settings) == read_config("s/best.yaml").weight_decay
+    S.search(S.replace(base, output_dir="parts"), {"weight_decay": "0.0..1.0"}, 17)
+    assert same(S.search(S.replace(base, output_dir="parts", resume=True), {"weight_decay": "0.0..1.0"}, 30), found) # what it proposes depends on what was tried, not on when
     trained.clear()
     S.search(S.replace(base, output_dir="all"), {"weight_decay": "0.0..1.0"}, 12, prune=False)
     assert trained == [4]*12
