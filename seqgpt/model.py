@@ -252,7 +252,7 @@ def take_over(
     model, # A new one; changed in place
     tokenizer, # Its tokenizer
     folder: str | Path, # A trained model with as many blocks and dimensions
-    new_symbols: str = "mean", # How symbols begin that it does not know: "mean" of its symbols, "normal" as they are distributed, or "random"
+    new_symbols: str = "normal", # How symbols begin that it does not know: "normal", as its own are distributed; "mean" of its own; or "random"
 ):
     "Gives `model` the blocks of a trained one, and the rows of its tables that mean the same; the head of a classifier stays as it is."
     trained, old = load_model(folder, task_of(folder)), load_tokenizer(folder)

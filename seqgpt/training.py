@@ -64,7 +64,7 @@ class Config:
     data_path: str | None = None # JSON Lines file, plain or gzip, or a folder of them; nothing means the data of init_from, or (on the command line) the built-in digits
     task: str = "clm" # clm: predict the next token (causal language model); classification: predict the label from the last token
     init_from: str | None = None # Folder of a trained model to start from, such as outputs/best_model; default: random weights. The head of a classifier always starts from random weights
-    new_symbols: str = "mean" # With init_from: how symbols begin that it does not know: mean of those that it knows; normal, drawn as they are distributed; random
+    new_symbols: str = "normal" # With init_from: how symbols begin that it does not know: normal, drawn as those are distributed that it knows; mean of these; random
     frozen_layers: int = 0 # With init_from: so many blocks, from the first, keep their weights
     lora_rank: int = 0 # With init_from: the other blocks keep theirs too, and learn low-rank additions (LoRA) of this rank; 0: they learn as a whole
     class_weights: str = "none" # Classification: none, every sequence counts the same; balanced, every class does

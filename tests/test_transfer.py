@@ -36,7 +36,7 @@ def weights(folder, name="final_model"): return load_file(folder/name/"model.saf
 
 
 def test_a_symbol_more_in_another_order(trained, tmp_path):
-    result = tune(trained, tmp_path/"m", "--data_path", "more", *STILL)
+    result = tune(trained, tmp_path/"m", "--data_path", "more", "--new_symbols", "mean", *STILL)
     assert result.returncode == 0 and "lm/best_model knows 5 of the 6 symbols" in result.stdout, result.stderr
     before, after = weights(trained/"lm", "best_model"), weights(tmp_path/"m")
     old, new = before["transformer.wte.weight"], after["transformer.wte.weight"]
@@ -61,7 +61,7 @@ def test_other_symbols_altogether(how, trained, tmp_path):
 
 
 def test_equal_rows_come_apart(trained, tmp_path):
-    assert tune(trained, tmp_path/"g", "--data_path", "greek", "--num_epochs", 2, "--learning_rate", 1e-2).returncode == 0
+    assert tune(trained, tmp_path/"g", "--data_path", "greek", "--new_symbols", "mean", "--num_epochs", 2, "--learning_rate", 1e-2).returncode == 0
     new = weights(tmp_path/"g")["transformer.wte.weight"][1:4]
     assert min((new[a] - new[b]).abs().max() for a, b in [(0, 1), (0, 2), (1, 2)]) > 1e-3
 
@@ -74,7 +74,7 @@ def test_the_vocabulary_alone_and_unusual_names(trained, melodies, tmp_path):
     assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--max_steps", 1, "--max_length", 16, *names, *TINY, cwd=tmp_path).returncode == 0
     write_lines(tmp_path/"other", [{"tokens": t} for t, _ in melodies[:60]], {**odd, "A4": 9})
     assert seqgpt("train", "--init_from", "lm/best_model", "--data_path", "data.jsonl", "--vocab_path", "other/vocab.json", "--output_dir", "m", "--max_steps", 1, cwd=tmp_path).returncode == 0
-    assert json.loads((tmp_path/"m/best_model/special_tokens_map.json").read_text())["eos_token"] == "off"
+    assert json.loads((tmp_path/"m/best_model/special_tokens_map.json").read_text())["eos_token"] == "off" # noqa: S105, no password
     refused(seqgpt("train", "--init_from", "lm/best_model", "--data_path", "data.jsonl", "--vocab_path", "nowhere.json", "--output_dir", "n", cwd=tmp_path), "nowhere.json")
 
 
