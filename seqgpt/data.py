@@ -548,9 +548,9 @@ LABEL = "label:" # What the symbol of a label begins with
 
 def label_symbols(
     vocab: dict[str, int], # Symbol to id
-) -> list[str]: # Such as `label:7`
+) -> list[str]: # Such as `label:7`, ordered by id
     "The symbols of labels in a vocabulary."
-    return [s for s in vocab if s.startswith(LABEL)]
+    return sorted((s for s in vocab if s.startswith(LABEL)), key=vocab.get)
 
 def write_labelled(
     folder: str | Path, # Made if it is not there
