@@ -1,0 +1,125 @@
+"Labels in front of sequences: writing such a corpus, asking for a label, guidance."
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import NAMES, NOTES, TINY, VOCAB, refused, seqgpt, write_lines
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from seqgpt.corpora import digits_shape
+from seqgpt.data import read_corpus
+from seqgpt.inference import encode_prompt, generate
+from seqgpt.model import load_model
+from seqgpt.tokenizer import load_tokenizer, make_tokenizer
+
+WORDS = ["down", "up"]
+
+
+@pytest.fixture(scope="module")
+def asked(melodies, tmp_path_factory):
+    "A model of melodies with up or down in front."
+    folder = tmp_path_factory.mktemp("labelled")
+    write_lines(folder/"plain", [{"text": " ".join(t), "label": WORDS[l]} for t, l in melodies*3])
+    assert seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", "--unlabelled_share", 0.2, "--seed", 3, cwd=folder).returncode == 0
+    result = seqgpt("train", "--data_path", "asked", "--output_dir", "m", "--num_epochs", 12, "--max_length", 16, *TINY, "--n_layer", 2, "--n_embd", 32, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_the_corpus_is_the_same_but_for_the_labels(asked):
+    before, after = ([json.loads(line) for line in open(p)] for p in (asked/"plain/data.jsonl", asked/"asked/sequences.jsonl"))
+    labelled = 0
+    for old, new in zip(before, after, strict=True):
+        tokens, want = new["tokens"], old["text"].split()
+        if tokens[0].startswith("label:"):
+            labelled += 1
+            assert tokens.pop(0) == f"label:{old['label']}"
+        assert tokens == want and "label" not in new
+    assert 0.7 < labelled/len(after) < 0.9
+    vocab = json.loads((asked/"asked/vocab.json").read_text())
+    assert vocab == {**VOCAB, "label:down": 9, "label:up": 10}
+
+
+def test_special_tokens_in_the_data_and_long_sequences_survive(tmp_path):
+    "Nothing is cut off, however long, and what is framed already is not framed twice."
+    write_lines(tmp_path/"plain", [{"tokens": ["<bos>", *NOTES*1000, "<eos>"], "label": 0}, {"input_ids": [4, 5], "label": "b"}])
+    assert seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", "--unlabelled_share", 0, cwd=tmp_path).returncode == 0
+    rows = [json.loads(line)["tokens"] for line in open(tmp_path/"asked/sequences.jsonl")]
+    assert rows == [["label:0", *NOTES*1000], ["label:b", *NOTES[:2]]]
+    read_corpus(tmp_path/"asked", make_tokenizer(tmp_path/"asked/vocab.json"), 6000, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("lines, args, words", [
+    ([{"tokens": NOTES}], [], ["label missing"]), ([{"tokens": NOTES, "label": NAMES[0]}], [], ["label:down $"]), ([{"tokens": ["H"], "label": 1}], [], ["unknown token"]),
+    ([{"tokens": NOTES, "label": 1}], ["--unlabelled_share", 1], ["less than 1"]), ([{"tokens": NOTES, "label": 1}], ["--seed", -1], ["seed is -1"]), ([{"tokens": NOTES, "label": 1}], ["--vocab_path", "none.json"], ["none.json"]),
+])
+def test_mistakes(lines, args, words, tmp_path):
+    write_lines(tmp_path/"plain", lines)
+    refused(seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", *args, cwd=tmp_path), *words)
+    assert not (tmp_path/"asked").exists()
+
+
+def test_never_twice_and_never_over_another(asked):
+    refused(seqgpt("corpus", "labelled", "--data_path", "asked", "--out_dir", "again", cwd=asked), "symbols of labels already", "'label:down'")
+    refused(seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", cwd=asked), "is there already")
+    refused(seqgpt("corpus", "labelled", "--data_path", "nowhere", "--out_dir", "again", cwd=asked), "nowhere")
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_draws_what_is_asked_for(word, asked):
+    result = seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", "--prompt", f"label:{word}", "--num_samples", 30, "--seed", 0, "--top_p", 0.9, "--guidance", 1.5, cwd=asked)
+    assert result.returncode == 0, result.stderr
+    right = []
+    for line in result.stdout.splitlines():
+        label, *notes = line.split()
+        steps = np.diff([NOTES.index(n) for n in notes]) % 5
+        right.append(label == f"label:{word}" and bool((steps == (1 if word == "up" else 4)).all()))
+    assert np.mean(right) > 0.9, result.stdout
+
+
+def test_training_draws_ten_of_each(asked):
+    rows = [json.loads(line) for line in open(asked/"m/samples.jsonl")]
+    assert [r["tokens"][0] for r in rows] == ["label:down"]*10 + ["label:up"]*10 and all(r["given"] == 1 for r in rows)
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 2.0, 5.0])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_guidance_is_that_of_transformers(scale, use_cache, asked):
+    folder = asked/"m/best_model"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    theirs, prompts = AutoModelForCausalLM.from_pretrained(folder).eval(), [["label:up"], ["label:down", "C4", "D4"], ["label:up", "G4"]]
+    ours = generate(model, tokenizer, prompts, max_new_tokens=8, temperature=0, guidance=scale, use_cache=use_cache)
+    never = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id]
+    for prompt, sample in zip(prompts, ours):
+        ids, without = (torch.tensor([encode_prompt(tokenizer, p)]) for p in (prompt, prompt[1:]))
+        settings = GenerationConfig(max_new_tokens=8, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, suppress_tokens=never, do_sample=False, guidance_scale=float(scale))
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), negative_prompt_ids=without, generation_config=settings)[0, 1:].tolist()
+        assert sample.tokens == [t for t in tokenizer.convert_ids_to_tokens(expected) if t not in ("<eos>", "<pad>")]
+
+
+def test_guidance_on_onnx_runtime_draws_the_same(asked):
+    pytest.importorskip("onnxruntime")
+    assert seqgpt("export", "--model_path", "m/best_model", cwd=asked).returncode == 0
+    draw = lambda runtime: seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", "--prompt", "label:up", "--num_samples", 10, "--seed", 1, "--guidance", 2, "--runtime", runtime, cwd=asked).stdout
+    assert draw("onnx") == draw("pytorch") != ""
+
+
+@pytest.mark.parametrize("args, words", [(["--guidance", -1, "--prompt", "label:up"], ["guidance is -1"]), (["--guidance", 2], ["prefix without symbols"]), (["--guidance", "nan", "--prompt", "label:up"], ["guidance is nan"])])
+def test_guidance_mistakes(args, words, asked):
+    refused(seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", *args, cwd=asked), *words)
+
+
+def test_an_unlabelled_model_goes_on_with_labels(asked):
+    "Its vocabulary grows by them."
+    assert seqgpt("train", "--data_path", "plain", "--output_dir", "before", "--num_epochs", 2, "--max_length", 16, *TINY, cwd=asked).returncode == 0
+    result = seqgpt("train", "--init_from", "before/best_model", "--data_path", "asked", "--output_dir", "after", "--max_steps", 5, cwd=asked)
+    assert result.returncode == 0 and "knows 5 of the 7 symbols" in result.stdout, result.stderr
+    assert AutoTokenizer.from_pretrained(asked/"after/best_model")("label:up C4")["input_ids"] == [10, 4]
+
+
+def test_labelled_digits_are_still_pictures(tmp_path):
+    for args in (["digits", "--out_dir", "d", "--image_size", 8, "--grey_levels", 2], ["labelled", "--data_path", "d", "--out_dir", "asked"]): assert seqgpt("corpus", *args, cwd=tmp_path).returncode == 0
+    assert digits_shape(json.loads((tmp_path/"asked/vocab.json").read_text())) == (8, 2)
+    result = seqgpt("train", "--data_path", "asked", "--output_dir", "m", "--max_steps", 30, "--max_length", 70, *TINY, cwd=tmp_path)
+    assert result.returncode == 0 and "as the digit that was asked for" in result.stdout and (tmp_path/"m/samples.png").exists(), result.stderr
