@@ -105,7 +105,7 @@ def test_guidance_on_onnx_runtime_draws_the_same(asked):
     assert draw("onnx") == draw("pytorch") != ""
 
 
-@pytest.mark.parametrize("args, words", [(["--guidance", -1, "--prompt", "label:up"], ["guidance is -1"]), (["--guidance", 2], ["prefix without symbols"]), (["--guidance", "nan", "--prompt", "label:up"], ["guidance is nan"])])
+@pytest.mark.parametrize("args, words", [(["--guidance", -1, "--prompt", "label:up"], ["guidance is -1"]), (["--guidance", 2], ["prefix without symbols"]), (["--guidance", "inf", "--prompt", "label:up"], ["guidance is inf"])])
 def test_guidance_mistakes(args, words, asked):
     refused(seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", *args, cwd=asked), *words)
 
