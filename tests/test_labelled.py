@@ -105,7 +105,7 @@ def test_guidance_on_onnx_runtime_draws_the_same(asked):
     assert draw("onnx") == draw("pytorch") != ""
 
 
-@pytest.mark.parametrize("args, words", [(["--guidance", -1, "--prompt", "label:up"], ["guidance is -1"]), (["--guidance", 2], ["prefix without symbols"]), (["--guidance", "inf", "--prompt", "label:up"], ["guidance is inf"])])
+@pytest.mark.parametrize("args, words", [(["--guidance", -1, "--prompt", "label:up"], ["guidance is -1"]), (["--guidance", 2], ["prefix without symbols"])])
 def test_guidance_mistakes(args, words, asked):
     refused(seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", *args, cwd=asked), *words)
 
@@ -123,3 +123,40 @@ def test_labelled_digits_are_still_pictures(tmp_path):
     assert digits_shape(json.loads((tmp_path/"asked/vocab.json").read_text())) == (8, 2)
     result = seqgpt("train", "--data_path", "asked", "--output_dir", "m", "--max_steps", 30, "--max_length", 70, *TINY, cwd=tmp_path)
     assert result.returncode == 0 and "as the digit that was asked for" in result.stdout and (tmp_path/"m/samples.png").exists(), result.stderr
+
+
+@pytest.mark.parametrize("flavour", ["served", "exported"])
+def test_the_page_asks_for_a_label(flavour, tmp_path):
+    "What is drawn begins with the label, and nothing else is given."
+    from browser import browser
+    from playwright.sync_api import expect
+
+    from seqgpt.export import export_folder
+    from seqgpt.serving import Service, make_app, running
+    for args in (["digits", "--out_dir", "d", "--image_size", 8, "--grey_levels", 2], ["labelled", "--data_path", "d", "--out_dir", "asked"]): assert seqgpt("corpus", *args, cwd=tmp_path).returncode == 0
+    assert seqgpt("train", "--data_path", "asked", "--output_dir", "m", "--max_steps", 60, "--max_length", 70, *TINY, cwd=tmp_path).returncode == 0
+    folder = tmp_path/"m/best_model"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+
+    def check(page):
+        expect(page.locator("#label option")).to_have_text(["anything", *"0123456789"])
+        page.select_option("#label", label="7")
+        expect(page.locator("#rows")).to_have_value("0")
+        page.fill("#seed", "5")
+        page.locator("#go").click()
+        expect(page.locator("body")).not_to_have_attribute("aria-busy", "true", timeout=60_000)
+        assert page.locator("#tokens mark").text_content() == "label:7"
+
+    with browser() as page:
+        if flavour == "exported":
+            export_folder(folder, tmp_path/"onnx")
+            html = next((tmp_path/"onnx").glob("*.html"))
+            page.goto(html.as_uri())
+            expect(page.locator("#go")).to_be_visible(timeout=60_000)
+            check(page)
+        else:
+            with running(make_app(Service((model, tokenizer)))) as url:
+                page.goto(url)
+                expect(page.locator("#go")).to_be_visible(timeout=60_000)
+                check(page)
+        assert page.wrong == []
