@@ -89,9 +89,9 @@ def make_config(
         config = GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **derived, **label_fields(classes), **{**defaults, **fields})
     except Exception as e: raise InputError(f"The model cannot be built so: {type(e).__name__}: {' '.join(str(e).split())}") from e
     if str(config.activation_function) not in ACT2FN: raise InputError(f"There is no activation_function {config.activation_function!r}. Choose one of {', '.join(sorted(ACT2FN))}.")
-    block_shapes(config)
     for name in fields:
-        if "drop" in name and not 0 <= (value := getattr(config, name)) < 1: raise InputError(f"{name} is {value}. It is the share of numbers that dropout sets to zero: 0 or more, and less than 1.")
+        if "drop" in name and not 0 <= (value := getattr(config, name)) < 1: raise InputError(f"{name} is {value:g}. It is the share of numbers that dropout sets to zero: 0 or more, and less than 1.")
+    block_shapes(config)
     return config
 
 # %% ../nbs/03_model.ipynb #0cffe13b

@@ -128,7 +128,7 @@ def check_config(
     if config.task == "classification" and config.long == "split": raise InputError("long is 'split', but a label belongs to a whole sequence. Choose truncate or error, or a higher --max_length.")
     if config.task == "clm" and config.class_weights != "none": raise InputError("class_weights are for --task classification.")
     for name, most in {"frozen_layers": config.n_layer, "lora_rank": config.n_embd}.items():
-        if not 0 <= getattr(config, name) <= most: raise InputError(f"{name} is {getattr(config, name)}. It must lie between 0 and {most}.")
+        if not 0 <= getattr(config, name) <= max(most, 0): raise InputError(f"{name} is {getattr(config, name)}. It must lie between 0 and {most}.")
         if getattr(config, name) and config.init_from is None: raise InputError(f"{name} is for a model that starts from another one: name that with --init_from. Random weights have to learn.")
     if config.lora_rank and config.frozen_layers == config.n_layer: raise InputError(f"frozen_layers is {config.frozen_layers}, which is all, so lora_rank has no block to add to. Leave one of them out.")
     if config.data_path is None: raise InputError("No data. Name it with --data_path.")
@@ -846,7 +846,8 @@ def say_what_is_known(
 ):
     "Says what a model has from the one that it starts from, and how much of it learns, where that is not all."
     known, symbols = len(known_rows(load_tokenizer(config.init_from), tokenizer)[0]) - len(SPECIALS), len(tokenizer) - len(SPECIALS)
-    if known < symbols: tqdm.write(f"{config.init_from} knows {known or 'none'} of the {symbols:,} symbols; those that it does not know begin {'at random' if config.new_symbols == 'random' else f'from its others ({config.new_symbols})'}.")
+    how = {"normal": "as its own are distributed", "mean": "as the mean of its own", "random": "at random"}[config.new_symbols]
+    if known < symbols: tqdm.write(f"{config.init_from} knows {known or 'none'} of the {symbols:,} symbols; those that it does not know begin {how}.")
     learning, every = sum(p.numel() for p in model.parameters() if p.requires_grad), count_parameters(model)["all"]
     if learning < every: tqdm.write(f"{learning:,} of {every:,} parameters learn.")
 
