@@ -110,10 +110,11 @@ def corpus_labelled(
     seed: int = 0, # Of the choice of these
 ):
     "Writes a corpus again with the label of each sequence in front of it as a symbol, so that a model can be asked for it."
-    from seqgpt.data import label_symbols, write_labelled
+    from seqgpt.data import LABEL, label_symbols, read_lines, write_labelled
     from seqgpt.tokenizer import read_vocab
-    labels = label_symbols(read_vocab(write_labelled(out_dir, data_path, vocab_path, unlabelled_share, seed)/"vocab.json"))
-    print(f"Wrote {out_dir}: the vocabulary has grown by {len(labels)} symbols, {labels[0]} to {labels[-1]}.")
+    folder = write_labelled(out_dir, data_path, vocab_path, unlabelled_share, seed)
+    labels, told = label_symbols(read_vocab(folder/"vocab.json")), [json.loads(line)["tokens"][0].startswith(LABEL) for _, line in read_lines(folder/"sequences.jsonl")]
+    print(f"Wrote {out_dir}: the vocabulary has grown by {len(labels)} symbols, {labels[0]} to {labels[-1]}. {sum(told):,} sequences have one in front, {len(told) - sum(told):,} have none (--unlabelled_share).")
 
 # %% ../nbs/10_cli.ipynb #1143f5a8
 def measures(
@@ -180,7 +181,7 @@ def show_run(
     if config.task == "clm": save_curves(run.history, run.output_dir, {name: perplexity for name, perplexity, _ in evaluation.table() if name != "this model"})
     left = f"{run.output_dir}: best_model, final_model, training_curves.png; curves in detail: tensorboard --logdir {run.output_dir/'runs'}"
     if config.task == "classification": return print(left)
-    if evaluation.metrics["perplexity"] > evaluation.baselines["uniform"]["perplexity"]: print("That is worse than guessing. Try a lower --learning_rate.\n")
+    if evaluation.metrics["perplexity"] > evaluation.baselines["uniform"]["perplexity"]: print("That is worse than guessing. Train for longer, or with another --learning_rate.\n")
     model, tokenizer = load_model(best), load_tokenizer(best)
     longest = evaluation.scores.by_position.shape[1] # in the data; a model that has not learned to stop would go on and on
     asked = [[s] for s in label_symbols(tokenizer.get_vocab())[:10]] # ten of each

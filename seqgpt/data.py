@@ -36,7 +36,7 @@ from sklearn.model_selection import train_test_split
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .tokenizer import SPECIALS, InputError, make_tokenizer, read_json, unique
+from .tokenizer import SPECIALS, InputError, make_tokenizer, read_json, symbol_problem, unique
 
 # %% ../nbs/01_data.ipynb #2fa60808
 class BadLine(Exception):
@@ -568,6 +568,8 @@ def write_labelled(
     vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
     if there := label_symbols(vocab): raise InputError(f"{path}: has symbols of labels already, {there[0]!r} first. Name the corpus without them.")
     rows = read_corpus(data_path, tokenizer, LONGEST, classes=[]).dataset
+    for label in rows.unique("label"):
+        if problem := symbol_problem(LABEL + label): raise InputError(f"{data_path}: label {label!r} {problem}, so it can be no symbol. Rename it.")
     without = np.random.default_rng(seed).random(len(rows)) < unlabelled_share
     sequences = [[*([] if w else [LABEL + row["label"]]), *unframed(row["input_ids"], tokenizer)] for row, w in zip(rows, without)]
     return write_corpus(folder, sequences, vocab=vocab | {LABEL + label: len(vocab) + k for k, label in enumerate(class_names(rows.unique("label")))})

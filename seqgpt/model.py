@@ -258,7 +258,7 @@ def take_over(
     trained, old = load_model(folder, task_of(folder)), load_tokenizer(folder)
     ids, old_ids = known_rows(old, tokenizer)
     new_ids, ordinary = sorted({*range(len(tokenizer))} - {*ids}), sorted({*range(len(old))} - {*old.all_special_ids})
-    weights = dict(trained.named_parameters())
+    weights = trained.state_dict() # with the output head also where it is tied to the embedding
     for name, p in model.named_parameters():
         if name == "score.weight" or name not in weights: continue
         w = weights[name]

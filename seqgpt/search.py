@@ -59,7 +59,8 @@ def read_range(
         if not choices or not all(isinstance(v, str | int | float) for v in choices) or len({*map(repr, choices)}) < len(choices): raise wrong
         return optuna.distributions.CategoricalDistribution(choices)
     low, high = ([literal(part) for part in what.split("..", 1)] + [None])[:2]
-    if not all(type(v) in (int, float) and abs(v) < 2**53 for v in (low, high)) or low >= high: raise wrong
+    if not all(type(v) in (int, float) and abs(v) < 2**53 for v in (low, high)): raise wrong
+    if low >= high: raise InputError(f"space.{name} is {what!r}. The lower end of a range stands first.")
     if type(low) is type(high) is int: return optuna.distributions.IntDistribution(low, high)
     return optuna.distributions.FloatDistribution(low, high, log=low > 0)
 

@@ -111,7 +111,7 @@ def find_specials(
         hits = [named[role]] if named.get(role) else [s for s in vocab if spellings.fullmatch(s)]
         if len(hits) > 1: raise InputError(f"{where}: {len(hits)} symbols could be the {role}: {', '.join(hits)}. Choose with --{role}.")
         if not hits or hits[0] not in vocab:
-            what = f"{hits[0]!r}, named as the {role}," if hits else f"a {role}, such as <{names[0]}> or [{names[0].upper()}],"
+            what = f"{hits[0]!r}, named as the {role}," if hits else f"{'a' if role[0] in 'pb' else 'an'} {role}, such as <{names[0]}> or [{names[0].upper()}],"
             raise InputError(f"{where}: {what} is not in it. Add it, with id {len(vocab)}, or name yours with --{role}.")
         found[role] = hits[0]
     if len(set(found.values())) < 4:

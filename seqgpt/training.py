@@ -65,8 +65,8 @@ class Config:
     task: str = "clm" # clm: predict the next token (causal language model); classification: predict the label from the last token
     init_from: str | None = None # Folder of a trained model to start from, such as outputs/best_model; default: random weights. The head of a classifier always starts from random weights
     new_symbols: str = "normal" # With init_from: how symbols begin that it does not know: normal, drawn as those are distributed that it knows; mean of these; random
-    frozen_layers: int = 0 # With init_from: so many blocks, from the first, keep their weights
-    lora_rank: int = 0 # With init_from: the other blocks keep theirs too, and learn low-rank additions (LoRA) of this rank; 0: they learn as a whole
+    frozen_layers: int = 0 # With init_from: so many blocks, from the first, keep their weights; the tables of symbols and positions learn all the same
+    lora_rank: int = 0 # With init_from: the other blocks keep theirs too, and learn low-rank additions (LoRA) of this rank, which needs pip install 'seqgpt[lora]'; 0: they learn as a whole
     class_weights: str = "none" # Classification: none, every sequence counts the same; balanced, every class does
     vocab_path: str | None = None # Default: vocab.json beside the data
     pad_token: str | None = None # Name of the special token in the vocabulary, if it is unusual
@@ -100,7 +100,7 @@ class Config:
     n_layer: int = 6 # Blocks of the model
     n_head: int = 8 # Attention heads in a block; must divide n_embd
     n_embd: int = 384 # Dimensions of a token
-    model: dict = field(default_factory=dict) # Any other field of GPT2Config, such as resid_pdrop: 0.2
+    model: dict = field(default_factory=dict) # Any other field of GPT2Config, such as resid_pdrop: 0.2 in a file, --model.resid_pdrop 0.2 on the command line
 
     def __post_init__(self):
         for f in fields(self):
@@ -130,6 +130,7 @@ def check_config(
     for name, most in {"frozen_layers": config.n_layer, "lora_rank": config.n_embd}.items():
         if not 0 <= getattr(config, name) <= max(most, 0): raise InputError(f"{name} is {getattr(config, name)}. It must lie between 0 and {most}.")
         if getattr(config, name) and config.init_from is None: raise InputError(f"{name} is for a model that starts from another one: name that with --init_from. Random weights have to learn.")
+    if config.new_symbols != "normal" and config.init_from is None: raise InputError("new_symbols is for a model that starts from another one: name that with --init_from.")
     if config.lora_rank and config.frozen_layers == config.n_layer: raise InputError(f"frozen_layers is {config.frozen_layers}, which is all, so lora_rank has no block to add to. Leave one of them out.")
     if config.data_path is None: raise InputError("No data. Name it with --data_path.")
     if not 0 < config.validation_fraction < 1: raise InputError(f"validation_fraction is {config.validation_fraction}. It must lie between 0 and 1.")
@@ -686,6 +687,8 @@ def start_from(
     shape = dict(n_layer=body.n_layer, n_head=body.n_head, n_embd=body.n_embd)
     for name, value in shape.items():
         if (name in named or not untouched(name)) and getattr(config, name) != value: raise InputError(f"{name} is {getattr(config, name)}, but the model in {config.init_from} has {value}. Leave --{name} out.")
+    for name, value in {"n_inner": body.n_inner or 4*body.n_embd, "tie_word_embeddings": body.tie_word_embeddings}.items():
+        if config.model.get(name, value) != value: raise InputError(f"model.{name} is {config.model[name]}, but the model in {config.init_from} has {value}. Leave --model.{name} out.")
     usual = make_config(load_tokenizer(config.init_from), body.n_positions, **shape)
     if "max_length" not in named and untouched("max_length"): shape["max_length"] = body.n_positions
     own = set(GPT2Config.__annotations__) - {"use_cache", *(f"{t}_token_id" for t in ("bos", "eos", "pad"))}

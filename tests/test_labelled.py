@@ -51,7 +51,7 @@ def test_special_tokens_in_the_data_and_long_sequences_survive(tmp_path):
 
 
 @pytest.mark.parametrize("lines, args, words", [
-    ([{"tokens": NOTES}], [], ["label missing"]), ([{"tokens": NOTES, "label": NAMES[0]}], [], ["label:down $"]), ([{"tokens": ["H"], "label": 1}], [], ["unknown token"]),
+    ([{"tokens": NOTES}], [], ["label missing"]), ([{"tokens": NOTES, "label": NAMES[0]}], [], ["label 'down $' contains white space"]), ([{"tokens": ["H"], "label": 1}], [], ["unknown token"]),
     ([{"tokens": NOTES, "label": 1}], ["--unlabelled_share", 1], ["less than 1"]), ([{"tokens": NOTES, "label": 1}], ["--seed", -1], ["seed is -1"]), ([{"tokens": NOTES, "label": 1}], ["--vocab_path", "none.json"], ["none.json"]),
 ])
 def test_mistakes(lines, args, words, tmp_path):

@@ -120,7 +120,7 @@ def test_low_rank_additions_resume_and_are_merged(task, optimizer, trained, tmp_
 
 @pytest.mark.parametrize("args, words", [
     (["--frozen_layers", 3], ["frozen_layers is 3", "between 0 and 2"]), (["--lora_rank", -1], ["lora_rank is -1"]), (["--lora_rank", 2, "--frozen_layers", 2], ["no block to add to"]),
-    (["--new_symbols", "zero"], ["mean, normal, random"]), (["--n_layer", 3], ["n_layer is 3", "has 2"]), (["--max_length", 1], ["max_length is 1"]),
+    (["--new_symbols", "zero"], ["mean, normal, random"]), (["--n_layer", 3], ["n_layer is 3", "has 2"]), (["--max_length", 1], ["max_length is 1"]), (["--model.n_inner", 50], ["n_inner is 50", "has 64"]), (["--model.tie_word_embeddings", "false"], ["tie_word_embeddings is False", "has True"]),
 ])
 def test_mistakes_are_refused_and_nothing_is_written(args, words, trained, tmp_path):
     refused(tune(trained, tmp_path/"x", "--data_path", "more", *args), *words)
@@ -128,7 +128,7 @@ def test_mistakes_are_refused_and_nothing_is_written(args, words, trained, tmp_p
 
 
 def test_parts_need_a_model_to_start_from(trained, tmp_path):
-    for flag in ("--frozen_layers", "--lora_rank"): refused(seqgpt("train", "--data_path", "more", "--output_dir", tmp_path/"x", flag, 1, cwd=trained), "--init_from")
+    for flag, value in {"--frozen_layers": 1, "--lora_rank": 1, "--new_symbols": "mean"}.items(): refused(seqgpt("train", "--data_path", "more", "--output_dir", tmp_path/"x", flag, value, cwd=trained), "--init_from")
 
 
 def test_low_rank_without_peft(trained, tmp_path, monkeypatch):
