@@ -197,6 +197,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'seqgpt.data.corpus_files': ('data.html#corpus_files', 'seqgpt/data.py'),
                              'seqgpt.data.cut': ('data.html#cut', 'seqgpt/data.py'),
                              'seqgpt.data.encode_rows': ('data.html#encode_rows', 'seqgpt/data.py'),
+                             'seqgpt.data.find_vocab': ('data.html#find_vocab', 'seqgpt/data.py'),
                              'seqgpt.data.fingerprint': ('data.html#fingerprint', 'seqgpt/data.py'),
                              'seqgpt.data.frame': ('data.html#frame', 'seqgpt/data.py'),
                              'seqgpt.data.given_split': ('data.html#given_split', 'seqgpt/data.py'),

@@ -7,7 +7,7 @@ __all__ = ['LONGEST', 'LONG', 'CELL_COLOURS', 'LABEL', 'BadLine', 'symbol_ids', 
            'corpus_files', 'read_lines', 'Problems', 'cut', 'fingerprint', 'Corpus', 'encode_rows', 'id_type',
            'write_arrow', 'written_whole', 'sync', 'swap', 'remove', 'alone', 'sweep', 'read_corpus', 'Split',
            'split_corpus', 'given_split', 'class_names', 'collate', 'cell_colours', 'plot_batch', 'ByLength',
-           'write_lines', 'write_corpus', 'label_symbols', 'write_labelled']
+           'write_lines', 'write_corpus', 'label_symbols', 'find_vocab', 'write_labelled']
 
 # %% ../nbs/01_data.ipynb #ff493d63
 import contextlib
@@ -552,6 +552,14 @@ def label_symbols(
     "The symbols of labels in a vocabulary."
     return sorted((s for s in vocab if s.startswith(LABEL)), key=vocab.get)
 
+def find_vocab(
+    data_path: str | Path, # JSON Lines file, plain or gzip, or a folder of them
+    vocab_path: str | Path | None = None, # Where it was named
+) -> Path: # Which may not be there
+    "Where the vocabulary of a corpus is: as named, or beside the data; raises `InputError` where there is no data, before the vocabulary is missed."
+    data, _ = Path(data_path), corpus_files(data_path)
+    return Path(vocab_path or (data if data.is_dir() else data.parent)/"vocab.json")
+
 def write_labelled(
     folder: str | Path, # Made if it is not there
     data_path: str | Path, # Sequences with labels: a JSON Lines file, plain or gzip, or a folder of them
@@ -562,9 +570,7 @@ def write_labelled(
     "Writes a corpus again with the label of each sequence in front of it as a symbol; raises `InputError` where that cannot be."
     if not 0 <= unlabelled_share < 1: raise InputError(f"unlabelled_share is {unlabelled_share}. It must be 0 or more, and less than 1.")
     if not 0 <= seed < 2**32: raise InputError(f"seed is {seed}. It must lie between 0 and {2**32 - 1}.")
-    data, _ = Path(data_path), corpus_files(data_path)
-    path = Path(vocab_path or (data if data.is_dir() else data.parent)/"vocab.json")
-    tokenizer = make_tokenizer(path)
+    tokenizer = make_tokenizer(path := find_vocab(data_path, vocab_path))
     vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
     if there := label_symbols(vocab): raise InputError(f"{path}: has symbols of labels already, {there[0]!r} first. Name the corpus without them.")
     rows = read_corpus(data_path, tokenizer, LONGEST, classes=[]).dataset

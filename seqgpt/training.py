@@ -52,7 +52,7 @@ from transformers import GPT2Config, ProgressCallback, Trainer, TrainerCallback,
 from transformers.integrations import TensorBoardCallback
 from transformers.optimization import get_scheduler
 
-from .data import LONG, ByLength, Corpus, Split, class_names, collate, corpus_files, fingerprint, given_split, read_corpus, split_corpus
+from .data import LONG, ByLength, Corpus, Split, class_names, collate, find_vocab, fingerprint, given_split, read_corpus, split_corpus
 from .data import alone, remove, sweep, written_whole
 from .model import NEW_ROWS, TASKS, count_parameters, keep_memory, known_rows, learn_in_part, make_config, merged, new_model, quicken, saved_config, take_over
 from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_json, read_text, read_vocab, save_tokenizer
@@ -703,8 +703,7 @@ def load_vocab(
     config: Config,
 ): # A tokenizer
     "The tokenizer for the vocabulary that `config` names, or that lies beside its data; or that of the model it starts from."
-    data, _ = Path(config.data_path), corpus_files(config.data_path) # before the vocabulary is missed, say that the data is
-    path = Path(config.vocab_path or (data if data.is_dir() else data.parent)/"vocab.json")
+    path = find_vocab(config.data_path, config.vocab_path)
     named = {role: getattr(config, role) for role in SPECIALS}
     if config.init_from is None: return make_tokenizer(path, **named)
     known = load_tokenizer(config.init_from)
