@@ -58,7 +58,7 @@ def test_command_finds_what_is_known_to_be_best(corpus):
 @pytest.mark.parametrize("space, words", {
     "misspelt": ({"learnin_rate": "1e-3..1e-2"}, "Did you mean learning_rate?"), "field": ({"resid_pdrop": "0.0..0.1"}, "Did you mean model.resid_pdrop?"),
     "not a field": ({"model.n_layer": [1, 2]}, "Did you mean n_layer?"), "not comparable": ({"validation_fraction": "0.1..0.5"}, "must be the same in all trials"),
-    "another split": ({"seed": "1..5"}, "must be the same"), "downwards": ({"n_layer": "4..2"}, "or a range"), "one end": ({"n_layer": "4.."}, "or a range"), "no range": ({"learning_rate": "fast"}, "or a range"),
+    "another split": ({"seed": "1..5"}, "must be the same"), "downwards": ({"n_layer": "4..2"}, "stands first"), "one end": ({"n_layer": "4.."}, "or a range"), "no range": ({"learning_rate": "fast"}, "or a range"),
     "endless": ({"learning_rate": "1e-3..inf"}, "or a range"), "no choices": ({"n_layer": []}, "or a range"), "twice": ({"n_layer": [2, 2]}, "or a range"), "within": ({"n_layer": [[2]]}, "or a range"),
     "a number": ({"n_layer": 2}, "or a range"), "wrong kind": ({"n_layer": [2, "many"]}, "n_layer is 'many'. It must be a whole number"), "no whole numbers": ({"n_layer": "1.5..3.5"}, "n_layer is 1.5"),
 }.values())
