@@ -413,6 +413,7 @@ def search(
             with written_whole(out/"config.yaml") as part: part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         tqdm.write(f"{corpus}\n{split}")
         keep_best(study, out)
+        if (done := len(done_trials(study))) >= trials: tqdm.write(f"{out}: {done} trials are done already. To go on, raise --trials.")
         try: run_study(study, config, where, trials, prune)
         except KeyboardInterrupt: raise Interrupted(f"Stopped after {len(done_trials(study))} of {trials} trials; all is saved. Go on with: {search_command(out)}") from None
         finally: found = write_search(study, config, space)
