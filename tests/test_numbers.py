@@ -18,6 +18,7 @@ from conftest import NOTES, seqgpt, write_lines
 from transformers import TrainerCallback
 
 import seqgpt.training as T
+from seqgpt.model import load_model
 from seqgpt.corpora import make_markov, write_digits, write_markov
 from seqgpt.evaluation import evaluate
 from seqgpt.inference import Decoder, generate
@@ -166,7 +167,7 @@ def test_threads_and_batches_change_only_the_last_digits(sequences, tmp_path):
     try: other = T.train(replace(same, output_dir=str(tmp_path/"other"))).history
     finally: torch.set_num_threads(threads)
     assert [log["eval_loss"] for log in one if "eval_loss" in log] == pytest.approx([log["eval_loss"] for log in other if "eval_loss" in log], rel=1e-4)
-    model, tokenizer = T.load_model(tmp_path/"one/best_model"), T.load_vocab(same)
+    model, tokenizer = load_model(tmp_path/"one/best_model"), T.load_vocab(same)
     held_out = T.load_data(same, tokenizer)[1].validation
     nats = [evaluate(model, tokenizer, held_out, batch_size, num_samples=0).scores.total[0] for batch_size in (1, 16)]
     assert nats[0] == pytest.approx(nats[1], rel=1e-6)

@@ -6,6 +6,7 @@ import torch
 from transformers import TrainerCallback
 
 import seqgpt.training as T
+from seqgpt.model import load_model
 from seqgpt.corpora import make_markov, write_markov
 
 
@@ -58,7 +59,7 @@ def test_the_loss_of_a_batch_does_not_depend_on_padding(config, precision, tmp_p
 
 
 def test_parameters_stay_in_32_bits(config):
-    state = T.load_model(config.output_dir + "/final_model").state_dict()
+    state = load_model(config.output_dir + "/final_model").state_dict()
     assert {t.dtype for t in state.values()} == {torch.float32}
     assert any((t.bfloat16().float() != t).any() for t in state.values()) # they were changed in 32 bits, too
 
@@ -67,4 +68,4 @@ def test_a_callback_may_stop_a_run_before_its_first_validation(config):
     class StopEarly(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = True
     run = T.train(replace(config, output_dir=config.output_dir + "_early"), [StopEarly()])
-    assert run.metrics["step"] == 1 and T.load_model(run.output_dir/"best_model") and T.load_model(run.output_dir/"final_model")
+    assert run.metrics["step"] == 1 and load_model(run.output_dir/"best_model") and load_model(run.output_dir/"final_model")
