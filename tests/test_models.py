@@ -90,7 +90,7 @@ def test_activation(name, tmp_path):
 
 
 @pytest.mark.parametrize("fields, says", [
-    (dict(resid_pdrop=1), "resid_pdrop is 1. It is the share"), (dict(embd_pdrop=1.0), "embd_pdrop is 1.0"), (dict(attn_pdrop=1.0), "attn_pdrop is 1.0"), (dict(summary_first_dropout=7), "summary_first_dropout is 7"),
+    (dict(resid_pdrop=1), "resid_pdrop is 1. It is the share"), (dict(embd_pdrop=1.0), "embd_pdrop is 1"), (dict(attn_pdrop=1.0), "attn_pdrop is 1"), (dict(summary_first_dropout=7), "summary_first_dropout is 7"),
     (dict(layer_norm_epsilon=-1), "layer_norm_epsilon is -1.0. It must be 0 or more"), (dict(n_inner=8.5), "n_inner"), (dict(n_iner=8), "Did you mean 'n_inner'"), (dict(activation_function="gulu"), "There is no activation_function 'gulu'. Choose one of gelu, ")])
 def test_impossible_value(fields, says):
     with pytest.raises(InputError) as e: make_config(make_tokenizer({s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", "a", "b"])}), 16, 2, 2, 16, **fields)
