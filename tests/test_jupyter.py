@@ -11,6 +11,7 @@ from browser import browser
 from conftest import ROOT
 
 NOTEBOOKS = sorted(str(p.relative_to(ROOT/"nbs")) for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+IN_LAB = "tutorials/inside.ipynb"
 ENV = {k: v for k, v in os.environ.items() if k not in ("TQDM_DISABLE", "MPLBACKEND")} # bars and pictures as they are
 
 
@@ -34,7 +35,8 @@ def shown(path):
     return [(kind, "".join(text)) for o in outputs for kind, text in (o.get("data") or {"text": o.get("text", "")}).items()]
 
 
-@pytest.mark.parametrize("notebook", [pytest.param(n, marks=[] if "/" in n else pytest.mark.slow) for n in NOTEBOOKS]) # tutorials always, the others on request
+# tutorials run here each time, one of them in JupyterLab; the other pages under nbdev-test (test_project.py), and here on request
+@pytest.mark.parametrize("notebook", [pytest.param(n, marks=[] if "/" in n and n != IN_LAB else [pytest.mark.slow]) for n in NOTEBOOKS])
 def test_notebook_runs_under_jupyter(notebook, folder):
     result = subprocess.run(["jupyter", "execute", "--inplace", str(folder/notebook)], env=ENV, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -112,7 +114,7 @@ def use_canvas(page):
 
 def test_jupyterlab_runs_a_notebook_and_answers(lab, folder):
     with browser(viewport={"width": 1280, "height": 900}) as page:
-        page.goto(f"{lab}tree/tutorials/inside.ipynb")
+        page.goto(f"{lab}tree/{IN_LAB}")
         run_all(page)
         page.locator(".jp-OutputArea-output table.dataframe").first.scroll_into_view_if_needed() # of the progress
         pictures = page.locator(".jp-OutputArea-output img")
@@ -122,4 +124,4 @@ def test_jupyterlab_runs_a_notebook_and_answers(lab, folder):
         page.keyboard.press("Control+s")
         page.wait_for_timeout(2000)
         assert page.wrong == []
-    assert any("<progress" in text for _, text in shown(folder/"tutorials/inside.ipynb"))
+    assert any("<progress" in text for _, text in shown(folder/IN_LAB))

@@ -15,7 +15,8 @@ import seqgpt
 NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+# tutorials run under Jupyter each time (test_jupyter.py), and here on request
+@pytest.mark.parametrize("notebook", [pytest.param(p, marks=[pytest.mark.slow] if p.parent.name == "tutorials" else []) for p in NOTEBOOKS], ids=lambda p: p.stem)
 def test_notebook_runs(notebook):
     result = subprocess.run(["nbdev-test", str(notebook)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
