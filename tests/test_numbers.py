@@ -18,10 +18,10 @@ from conftest import NOTES, seqgpt, write_lines
 from transformers import TrainerCallback
 
 import seqgpt.training as T
-from seqgpt.model import load_model
 from seqgpt.corpora import make_markov, write_digits, write_markov
 from seqgpt.evaluation import evaluate
 from seqgpt.inference import Decoder, generate
+from seqgpt.model import load_model
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, batch_size=16, max_steps=60, eval_steps=30, precision="fp32")
 

@@ -6,8 +6,8 @@ import torch
 from transformers import TrainerCallback
 
 import seqgpt.training as T
-from seqgpt.model import load_model
 from seqgpt.corpora import make_markov, write_markov
+from seqgpt.model import load_model
 
 
 class StopInTheMiddle(TrainerCallback):
