@@ -191,6 +191,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'seqgpt.data.Split': ('data.html#split', 'seqgpt/data.py'),
                              'seqgpt.data.Split.__str__': ('data.html#split.__str__', 'seqgpt/data.py'),
                              'seqgpt.data.alone': ('data.html#alone', 'seqgpt/data.py'),
+                             'seqgpt.data.batches_by_length': ('data.html#batches_by_length', 'seqgpt/data.py'),
                              'seqgpt.data.cell_colours': ('data.html#cell_colours', 'seqgpt/data.py'),
                              'seqgpt.data.class_names': ('data.html#class_names', 'seqgpt/data.py'),
                              'seqgpt.data.collate': ('data.html#collate', 'seqgpt/data.py'),

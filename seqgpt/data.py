@@ -7,7 +7,7 @@ __all__ = ['LONGEST', 'LONG', 'CELL_COLOURS', 'LABEL', 'BadLine', 'symbol_ids', 
            'corpus_files', 'read_lines', 'Problems', 'cut', 'fingerprint', 'Corpus', 'encode_rows', 'id_type',
            'write_arrow', 'written_whole', 'sync', 'swap', 'remove', 'alone', 'sweep', 'read_corpus', 'Split',
            'split_corpus', 'given_split', 'class_names', 'collate', 'cell_colours', 'plot_batch', 'ByLength',
-           'write_lines', 'write_corpus', 'label_symbols', 'find_vocab', 'write_labelled']
+           'batches_by_length', 'write_lines', 'write_corpus', 'label_symbols', 'find_vocab', 'write_labelled']
 
 # %% ../nbs/01_data.ipynb #ff493d63
 import contextlib
@@ -503,18 +503,29 @@ class ByLength(torch.utils.data.Sampler):
         batch_size: int, # Sequences in a batch
         seed: int = 42,
         pool: int = 100, # Batches that are sorted together: the more, the less padding, and the less chance
-    ): self.lengths, self.batch_size, self.seed, self.pool, self.epoch = np.asarray(lengths), batch_size, seed, pool, 0
+        multiple: int = 1, # -1 fills the order up to a multiple of this
+    ): self.lengths, self.batch_size, self.seed, self.pool, self.multiple, self.epoch = np.asarray(lengths), batch_size, seed, pool, multiple, 0
 
     def set_epoch(self, epoch): self.epoch = epoch
-    def __len__(self): return len(self.lengths)
+    def __len__(self): return len(self.lengths) + -len(self.lengths) % self.multiple
 
     def __iter__(self):
-        shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + self.epoch)).numpy()
-        places = np.arange(len(self)) # in `shuffled`
-        pools = (p[np.argsort(self.lengths[shuffled[p]], kind="stable")] for p in np.split(places, places[::self.pool*self.batch_size][1:]))
-        batches = [p[k:k + self.batch_size] for p in pools for k in range(0, len(p), self.batch_size)]
-        rest = [batches.pop()] if len(self) % self.batch_size else [] # a smaller batch stays the last one
-        return iter(shuffled[np.concatenate(sorted(batches, key=min) + rest)].tolist())
+        n = len(self.lengths)
+        shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + self.epoch)).numpy()
+        for start in range(0, n, self.pool*self.batch_size): # a pool at a time, so that twenty million are no matter
+            pool = shuffled[start:start + self.pool*self.batch_size]
+            yield from pool[batches_by_length(self.lengths[pool], self.batch_size)].tolist()
+        yield from [-1]*(len(self) - n)
+
+def batches_by_length(
+    lengths: np.ndarray, # Of sequences in random order
+    batch_size: int, # Sequences in a batch
+) -> np.ndarray: # Their places, in another order
+    "Batches of about the same length, each where its first sequence stood; a smaller one is the last."
+    places = np.argsort(lengths, kind="stable")
+    batches = [places[k:k + batch_size] for k in range(0, len(places), batch_size)]
+    rest = [batches.pop()] if len(places) % batch_size else []
+    return np.concatenate(sorted(batches, key=min) + rest)
 
 # %% ../nbs/01_data.ipynb #26bc6a8b
 def write_lines(
