@@ -448,7 +448,7 @@ def collate(
     sequences = [torch.from_numpy(np.asarray(r["input_ids"], dtype=np.int64)) for r in rows]
     input_ids = pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
     real = torch.arange(input_ids.shape[1]) < torch.tensor([len(s) for s in sequences])[:, None]
-    labels = input_ids.masked_fill(~real, -100) if classes is None else torch.tensor([classes[r["label"]] for r in rows])
+    labels = input_ids.masked_fill(~real, -100) if classes is None else torch.tensor([-100 if r["label"] is None else classes[r["label"]] for r in rows])
     batch = {"input_ids": input_ids, "labels": labels}
     return batch if real.all() else {**batch, "attention_mask": real.long()}
 

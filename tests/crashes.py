@@ -15,8 +15,11 @@ import sys
 import threading
 import traceback
 
+from accelerate import DistributedType
+
 import seqgpt.bench # noqa: F401 so that no run has to import anything
 import seqgpt.classification # noqa: F401
+from seqgpt import training
 from seqgpt.cli import main
 from seqgpt.training import StopOnSignal
 
@@ -37,9 +40,21 @@ def send_when_it_is_time(job, rank, answer):
         StopOnSignal.on_step_end = lambda self, args, state, control, **kwargs: (state.global_step == job["step"] and send(), end(self, args, state, control, **kwargs))[1]
 
 
+def share_out():
+    "What `accelerate launch --use_fsdp --fsdp_version 2` does on GPUs; on processors Accelerate shares no model out, though PyTorch can: it is told that these are GPUs."
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_TRANSFORMER_CLS_TO_WRAP="GPT2Block", FSDP_RESHARD_AFTER_FORWARD="true")
+    arguments = training.training_arguments
+    def on_gpus(*args):
+        made = arguments(*args)
+        made.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return made
+    training.training_arguments = on_gpus
+
+
 def child(job, rank, write):
     "Runs the command; writes its output, unless it is killed."
     if "port" in job: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))
+    if job.get("fsdp"): share_out()
     answer, out, err = {"events": 0}, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         send_when_it_is_time(job, rank, answer)

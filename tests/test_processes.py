@@ -1,0 +1,103 @@
+"Several processes (gloo, on the processor) do what one process does: the same steps, the same totals, whole or shared out, in any division."
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import NOTES, TINY, write_lines
+from safetensors.torch import load_file
+from test_crashes import history, runner
+
+EXACT = [f"--model.{name}" if k == 0 else "0" for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop") for k in range(2)]
+RUN = ["train", "--data_path", "data.jsonl", "--cache_dir", "cache", "--max_length", 24, "--num_epochs", 2, "--eval_steps", 4, "--logging_steps", 1, "--precision", "fp32", *TINY, *EXACT]
+DIVISIONS = { # each step sees 12 sequences; 75 to train on: in the last step of an epoch there are 3, which are not enough for both processes
+    "one batch": (["--batch_size", 12], {}),
+    "three batches": (["--batch_size", 4, "--gradient_accumulation_steps", 3], {}),
+    "two processes": (["--batch_size", 6], {"processes": 2}),
+    "two processes, two batches": (["--batch_size", 3, "--gradient_accumulation_steps", 2], {"processes": 2}),
+    "shared out": (["--batch_size", 6], {"processes": 2, "fsdp": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder with sequences of very different lengths, labelled; what answers jobs there; and the histories of all divisions."
+    folder = tmp_path_factory.mktemp("processes")
+    dice = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 20, (94,), generator=dice).tolist()
+    write_lines(folder, [{"tokens": [NOTES[(k + j*(1 + k % 2)) % 5] for j in range(n)], "label": k % 2} for k, n in enumerate(lengths)])
+    with runner(folder) as ask:
+        for name, (args, job) in DIVISIONS.items():
+            answers = ask(*RUN, *args, "--output_dir", name, **job)
+            assert all(a["code"] == 0 for a in answers), (name, answers)
+        yield folder, ask
+
+
+def losses(outputs):
+    "All numbers that were written down, by step."
+    return [{k: v for k, v in log.items() if k in ("step", "loss", "grad_norm", "learning_rate") or k.startswith("eval_")} for log in history(outputs)]
+
+
+def close(one, other, tolerance=1e-5):
+    assert len(one) == len(other)
+    for a, b in zip(one, other): assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", [n for n in DIVISIONS if n != "one batch"])
+def test_the_division_does_not_matter(place, name):
+    folder, _ = place
+    assert json.loads((folder/name/"split.json").read_text())["train"] == json.loads((folder/"one batch/split.json").read_text())["train"]
+    found, wanted = losses(folder/name), losses(folder/"one batch")
+    assert len([log for log in wanted if "loss" in log]) == 14 and len([log for log in wanted if "eval_loss" in log]) == 4
+    close(found, wanted)
+    weights, whole = (load_file(folder/n/"final_model/model.safetensors") for n in (name, "one batch"))
+    assert weights.keys() == whole.keys()
+    for key in whole: torch.testing.assert_close(weights[key], whole[key], rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_writes_and_speaks(place):
+    folder, ask = place
+    first, second = ask(*RUN, "--batch_size", 6, "--output_dir", "said", processes=2)
+    assert "best so far" in first["out"] and first["out"].count("to validate") == 1
+    assert second["out"] == "" and second["events"] < 5 < first["events"], second
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["whole", "shared out"])
+def test_classification_counts_each_sequence_once(place, fsdp):
+    folder, ask = place
+    run = [*RUN, "--task", "classification", "--eval_steps", 3]
+    names = [f"c {n} {fsdp}" for n in (1, 2)]
+    for name, args, job in zip(names, (["--batch_size", 12], ["--batch_size", 6]), ({}, {"processes": 2, "fsdp": fsdp})):
+        answers = ask(*run, *args, "--output_dir", name, **job)
+        assert all(a["code"] == 0 for a in answers), answers
+    one, two = (losses(folder/name) for name in names)
+    close(two, one)
+    n = len(json.loads((folder/names[0]/"split.json").read_text())["validation"])
+    for log in two:
+        if "eval_accuracy" in log: assert log["eval_accuracy"]*n == pytest.approx(round(log["eval_accuracy"]*n), abs=1e-9)
+
+
+@pytest.mark.parametrize("before, after", [
+    ({"processes": 2}, {}), ({}, {"processes": 2}), ({"processes": 2, "fsdp": True}, {}), ({}, {"processes": 2, "fsdp": True}), ({"processes": 2, "fsdp": True}, {"processes": 2, "fsdp": True})],
+    ids=["2 to 1", "1 to 2", "shared to 1", "1 to shared", "shared to shared"])
+def test_going_on_with_another_number_of_processes(place, before, after):
+    folder, ask = place
+    shutil.rmtree(folder/"outputs", ignore_errors=True)
+    batch = 6 if "processes" in before else 12
+    stopped = ask(*RUN, "--batch_size", batch, step=5, signal=15, **before)
+    assert all(a["code"] == 130 for a in stopped), stopped
+    answers = ask("train", "--config", "outputs/config.yaml", "--batch_size", 6, "--resume", **after)
+    assert all(a["code"] == 0 for a in answers), answers
+    if before.get("processes") != after.get("processes"): assert "Each step shall see 12 sequences, as before" in answers[0]["out"] or "processes" in after, answers[0]["out"]
+    close(losses(folder/"outputs"), losses(folder/"one batch"))
+
+
+def test_a_division_that_cannot_be(place):
+    folder, ask = place
+    shutil.rmtree(folder/"outputs", ignore_errors=True)
+    ask(*RUN, "--batch_size", 6, step=5, signal=15, processes=2)
+    refused, = ask(*RUN, "--batch_size", 5, "--resume")
+    assert refused["code"] == 2 and "saw 12 sequences" in refused["err"] and "--batch_size that divides 12" in refused["err"], refused
+    refused = ask(*RUN, "--batch_size", 2, "--resume", processes=5)
+    assert refused[0]["code"] == 2 and "number of processes that divides 12" in refused[0]["err"], refused
+    assert sum(bool(a["err"]) for a in refused) == 1 # said once
