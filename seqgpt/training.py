@@ -145,6 +145,9 @@ def check_config(
         raise InputError(f"{config.output_dir}: is the folder of the data. Choose another --output_dir, or samples would become data.")
     if config.overwrite and config.init_from and Path(os.path.realpath(config.output_dir)) in Path(os.path.realpath(config.init_from)).parents:
         raise InputError(f"{config.output_dir}: holds the model to start from, which --overwrite would delete. Choose another --output_dir.")
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true": # the model is to be shared out
+        if os.environ.get("FSDP_VERSION") != "2": raise InputError("The model is to be shared out with FSDP, but only its second version is supported. Set fsdp_version: 2 in the configuration of Accelerate (--fsdp_version 2).")
+        if config.optimizer == "muon" or config.lora_rank: raise InputError(f"{'lora_rank' if config.lora_rank else 'optimizer muon'} needs whole matrices, but FSDP shares them out. Leave one of them out.")
     if config.resume and config.overwrite: raise InputError("Choose one of --resume (go on) and --overwrite (start again).")
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

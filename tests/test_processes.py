@@ -8,6 +8,9 @@ from conftest import NOTES, TINY, write_lines
 from safetensors.torch import load_file
 from test_crashes import history, runner
 
+from seqgpt.tokenizer import InputError
+from seqgpt.training import Config, check_config
+
 EXACT = [f"--model.{name}" if k == 0 else "0" for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop") for k in range(2)]
 RUN = ["train", "--data_path", "data.jsonl", "--cache_dir", "cache", "--max_length", 24, "--num_epochs", 2, "--eval_steps", 4, "--logging_steps", 1, "--precision", "fp32", *TINY, *EXACT]
 DIVISIONS = { # each step sees 12 sequences; 75 to train on: in the last step of an epoch there are 3, which are not enough for both processes
@@ -101,3 +104,15 @@ def test_a_division_that_cannot_be(place):
     refused = ask(*RUN, "--batch_size", 2, "--resume", processes=5)
     assert refused[0]["code"] == 2 and "number of processes that divides 12" in refused[0]["err"], refused
     assert sum(bool(a["err"]) for a in refused) == 1 # said once
+
+
+@pytest.mark.parametrize("args, words", [(["--optimizer", "muon"], "optimizer muon needs whole matrices"), (["--init_from", "one batch/best_model", "--lora_rank", 2], "lora_rank needs whole matrices")])
+def test_what_cannot_be_shared_out(place, args, words):
+    folder, ask = place
+    refused = ask(*RUN, *args, "--output_dir", "never", processes=2, fsdp=True)
+    assert [a["code"] for a in refused] == [2, 2] and words in refused[0]["err"] and not (folder/"never").exists(), refused
+
+
+def test_the_first_version_of_fsdp_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="fsdp_version: 2"): check_config(Config(data_path="data.jsonl"))
