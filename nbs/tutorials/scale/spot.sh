@@ -26,7 +26,7 @@ mkdir -p "$STATE" && touch "$log" || exit 1
 child='' asked='' failures=0
 stop() { asked=yes; if [ "$child" ]; then kill -TERM "$child" 2> /dev/null; fi; }
 trap stop TERM INT
-said() { tail -n +"$((before + 1))" "$log" | grep "$1" > /dev/null; } # in this attempt; all of it is read, so that tail can finish
+printed() { tail -n +"$((before + 1))" "$log"; } # in this attempt
 
 while [ ! "$asked" ]; do
     before=$(wc -l < "$log")
@@ -38,9 +38,9 @@ while [ ! "$asked" ]; do
     done
     wait "$child"; code=$?
     child=''
-    if [ "$code" -eq 0 ] || said "the run is finished"; then echo "Finished: $STATE/outputs"; exit 0; fi
-    if said "all is saved"; then echo "Stopped; all is saved in $STATE/outputs."; continue; fi
-    tail -n 3 "$log" >&2
+    if [ "$code" -eq 0 ] || printed | grep -q "the run is finished"; then echo "Finished: $STATE/outputs"; exit 0; fi
+    if printed | grep -q "all is saved"; then echo "Stopped; all is saved in $STATE/outputs."; continue; fi
+    printed | tail -n 3 >&2
     if [ "$asked" ]; then echo "Stopped before it had saved: the next start goes on from the checkpoint before." >&2; exit 1; fi
     if [ "$code" -eq 2 ]; then exit 2; fi
     failures=$((failures + 1))
