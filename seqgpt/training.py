@@ -241,7 +241,7 @@ class ExactMetrics:
         prediction, # Its `predictions` are the rows of a batch
         compute_result: bool = True, # Whether this is the last batch
     ) -> dict[str, float]:
-        self.rows.append(prediction.predictions)
+        self.rows.append(torch.as_tensor(prediction.predictions).cpu().numpy()) # `Trainer` leaves them where they were computed
         if not compute_result: return {}
         rows, self.rows = np.concatenate(self.rows), []
         return self.metrics(rows)

@@ -1,6 +1,7 @@
 "Several processes (gloo, on the processor) do what one process does: the same steps, the same totals, whole or shared out, in any division."
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from test_crashes import history, runner
 
 from seqgpt.tokenizer import InputError
-from seqgpt.training import Config, check_config
+from seqgpt.training import Config, ExactMetrics, check_config
 
 EXACT = [f"--model.{name}" if k == 0 else "0" for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop") for k in range(2)]
 RUN = ["train", "--data_path", "data.jsonl", "--cache_dir", "cache", "--max_length", 24, "--num_epochs", 2, "--eval_steps", 4, "--logging_steps", 1, "--precision", "fp32", *TINY, *EXACT]
@@ -116,3 +117,12 @@ def test_what_cannot_be_shared_out(place, args, words):
 def test_the_first_version_of_fsdp_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="fsdp_version: 2"): check_config(Config(data_path="data.jsonl"))
+
+
+def test_what_is_measured_on_a_gpu_is_fetched_from_there():
+    class OnGpu(torch.Tensor): # NumPy cannot see it
+        def __array__(self, *_, **__): raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        def cpu(self): return torch.tensor(self.tolist())
+    collect = ExactMetrics(lambda rows: {"rows": rows.tolist()})
+    for rows, last in (([[1.0, 2.0]], False), ([[3.0, 4.0]], True)): found = collect(SimpleNamespace(predictions=torch.tensor(rows).as_subclass(OnGpu)), last)
+    assert found == {"rows": [[1, 2], [3, 4]]}
