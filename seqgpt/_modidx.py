@@ -226,6 +226,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'seqgpt.data.read_rows': ('data.html#read_rows', 'seqgpt/data.py'),
                              'seqgpt.data.read_span': ('data.html#read_span', 'seqgpt/data.py'),
                              'seqgpt.data.remove': ('data.html#remove', 'seqgpt/data.py'),
+                             'seqgpt.data.set_aside': ('data.html#set_aside', 'seqgpt/data.py'),
                              'seqgpt.data.split_corpus': ('data.html#split_corpus', 'seqgpt/data.py'),
                              'seqgpt.data.swap': ('data.html#swap', 'seqgpt/data.py'),
                              'seqgpt.data.sweep': ('data.html#sweep', 'seqgpt/data.py'),

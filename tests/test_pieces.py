@@ -10,6 +10,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import NOTES, VOCAB
 
 import seqgpt.data as D
@@ -221,3 +222,34 @@ def test_one_after_the_other_where_two_encode_the_same(tmp_path):
     write(tmp_path/"a", "lines", records(20_000))
     both = [encode(tmp_path), encode(tmp_path)]
     assert ["20,000 sequences" in p.communicate(timeout=60)[0] for p in both] == [True, True]
+
+
+# --- the split by content
+
+def test_a_sequence_is_on_the_same_side_wherever_it_stands(read, tmp_path):
+    rows = records(400) + [{"text": "C4 C4"}] * 7
+    sides = {}
+    for name, some in {"all": rows, "turned": rows[::-1], "half": rows[::2], "gone": rows[100:], "split": rows}.items():
+        long = {"long": "split", "max_length": 4} if name == "split" else {}
+        dataset = read(write(tmp_path/name, "lines", some), **long).dataset
+        split = D.split_corpus(dataset, 0.3, 5, by="content")
+        assert split.shared == 0 and sorted([*split.train_index, *split.validation_index]) == list(range(len(some))) and len(split.train) + len(split.validation) == len(dataset)
+        for part, side in ((split.train, 0), (split.validation, 1)):
+            for digest in part["digest"]: assert sides.setdefault(digest, side) == side
+        assert D.given_split(split.train, split.validation).shared == 0
+    assert 0.2 < sum(sides.values()) / len(sides) < 0.4
+    other = D.split_corpus(dataset, 0.3, 6, by="content").validation_index
+    assert other.tolist() != split.validation_index.tolist()
+
+
+def test_a_larger_share_holds_the_smaller_one_and_seeds_are_independent():
+    digests = torch.randint(-2**63, 2**63 - 1, (50_000,), generator=torch.Generator().manual_seed(0)).numpy()
+    small, large, other = D.set_aside(digests, 0.1, 1), D.set_aside(digests, 0.3, 1), D.set_aside(digests, 0.1, 2)
+    assert (small <= large).all() and abs(small.mean() - 0.1) < 0.01 and abs((small & other).mean() - 0.01) < 0.003
+    assert not D.set_aside(digests, 0.0, 1).any() and D.set_aside(digests, 1.0, 1).all()
+
+
+def test_the_sample_is_drawn_as_ever(read, tmp_path):
+    "The split of a run from before is drawn again: the numbers were written down once."
+    dataset = read(write(tmp_path/"a", "lines", records(30)), 100).dataset
+    assert D.split_corpus(dataset).validation_index.tolist() == [6, 12, 13, 21, 23, 24]
