@@ -6,10 +6,11 @@
 __all__ = ['ENDINGS', 'LONGEST', 'KEYS', 'LONG', 'PIECE', 'CELL_COLOURS', 'LABEL', 'BadLine', 'symbol_ids', 'frame', 'unframed',
            'read_label', 'parse_line', 'corpus_files', 'Span', 'whole', 'open_parquet', 'line_range', 'lines_before',
            'read_span', 'read_rows', 'read_lines', 'Problems', 'cut', 'fingerprint', 'Corpus', 'Coding', 'encode_line',
-           'encode_rows', 'write_arrow', 'written_whole', 'sync', 'swap', 'remove', 'alone', 'sweep', 'cut_files',
-           'piece_key', 'encode_piece', 'follow', 'encode_files', 'read_corpus', 'make_coding', 'Split', 'split_corpus',
-           'beginnings', 'among', 'apart', 'set_aside', 'given_split', 'class_names', 'collate', 'cell_colours',
-           'plot_batch', 'ByLength', 'write_lines', 'write_corpus', 'label_symbols', 'find_vocab', 'write_labelled']
+           'encode_rows', 'write_arrow', 'as_batch', 'written_whole', 'sync', 'swap', 'remove', 'alone', 'sweep',
+           'cut_files', 'piece_key', 'encode_piece', 'follow', 'encode_files', 'read_corpus', 'make_coding', 'Split',
+           'split_corpus', 'beginnings', 'among', 'apart', 'set_aside', 'given_split', 'class_names', 'collate',
+           'cell_colours', 'plot_batch', 'ByLength', 'Stream', 'batched', 'stream_corpus', 'write_lines',
+           'write_corpus', 'label_symbols', 'find_vocab', 'write_labelled']
 
 # %% ../nbs/01_data.ipynb #ff493d63
 import array
@@ -287,6 +288,7 @@ class Corpus:
 
     def __str__(self):
         r = self.report
+        if "sequences" not in r: return f"A stream of {r['files']:,} file{'s'[:r['files'] != 1]}, {r['bytes']/10**6:,.1f} MB, read while the training goes on: nothing is counted beforehand."
         parts = [f"{r['sequences']:,} sequences, {r['tokens']:,} tokens, {r['shortest']} to {r['longest']} long"]
         if r["skipped"]: parts.append(f"{r['skipped']:,} bad lines left out ({r['problems']})")
         if r["long_sequences"]:
@@ -356,21 +358,28 @@ def write_arrow(
     most: int = 2**24, # if these are not more bytes
 ):
     "Writes `rows` to an Arrow file, a batch at a time."
-    schema = pa.schema({"input_ids": pa.list_(pa.from_numpy_dtype(dtype)), "label": pa.string(), "begins": pa.bool_(), "digest": pa.int64(), "length": pa.int32()})
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, as_batch([], dtype).schema) as writer:
         def write(held):
-            ids, *columns = zip(*held)
-            lengths = columns[-1]
+            lengths = [row[-1] for row in held]
             report["tokens"] += sum(lengths)
             report["shortest"], report["longest"] = min(report["shortest"] or lengths[0], *lengths), max(report["longest"], *lengths)
-            lists = pa.ListArray.from_arrays(pa.array(np.cumsum((0, *lengths)), pa.int32()), pa.array(np.frombuffer(b"".join(ids), dtype)))
-            writer.write_batch(pa.record_batch([lists, *(pa.array(c, t) for c, t in zip(columns, schema.types[1:]))], schema=schema))
+            writer.write_batch(as_batch(held, dtype))
         held, size = [], 0
         for row in rows:
             held.append(row)
             size += len(row[0])
             if len(held) == batch or size > most: write(held); held, size = [], 0
         if held: write(held)
+
+def as_batch(
+    rows: list[tuple], # From `encode_line`
+    dtype: type, # Of an id
+) -> pa.RecordBatch:
+    "The rows as a part of a table."
+    ids, *columns = zip(*rows) if rows else [()]*5
+    lists = pa.ListArray.from_arrays(pa.array(np.cumsum((0, *columns[-1])), pa.int32()), pa.array(np.frombuffer(b"".join(ids), dtype)))
+    types = {"label": pa.string(), "begins": pa.bool_(), "digest": pa.int64(), "length": pa.int32()}
+    return pa.record_batch([lists, *map(pa.array, columns, types.values())], ["input_ids", *types])
 
 # %% ../nbs/01_data.ipynb #73dc1b14
 @contextlib.contextmanager
@@ -616,13 +625,14 @@ def make_coding(
 @dataclass
 class Split:
     "A corpus in two parts."
-    train: Dataset
+    train: Dataset # Or a `Stream`
     validation: Dataset
-    train_index: np.ndarray # Numbers of the sequences, ascending
+    train_index: np.ndarray | None # Numbers of the sequences, ascending; of a stream unknown
     validation_index: np.ndarray
     shared: int # Sequences of the validation set that also stand in the training set
 
     def __str__(self):
+        if self.train_index is None: return f"{len(self.validation_index):,} sequences to validate, the first of those that are set aside by content; what is not set aside, to train; no sequence stands on both sides."
         shared = f"{self.shared:,} validation sequences also stand in the training set" if self.shared else "no sequence stands on both sides"
         return f"{len(self.train_index):,} sequences to train, {len(self.validation_index):,} to validate; {shared}."
     __repr__ = __str__
@@ -789,6 +799,89 @@ class ByLength(torch.utils.data.Sampler):
         batches = [p[k:k + self.batch_size] for p in pools for k in range(0, len(p), self.batch_size)]
         rest = [batches.pop()] if len(self) % self.batch_size else [] # a smaller batch stays the last one
         return iter(shuffled[np.concatenate(sorted(batches, key=min) + rest)].tolist())
+
+# %% ../nbs/01_data.ipynb #6f9b52e0
+class Stream(torch.utils.data.IterableDataset):
+    "Rows to train on, read from the files again and again, in another order each time; nothing is written."
+    def __init__(self,
+        files: list[Path], # From `corpus_files`
+        coding: Coding,
+        fraction: float, # As for `set_aside`; what is set aside is left out
+        seed: int = 42, # Of the order, and of what is set aside
+        skip_bad_lines: bool = False, # Go on without them; the first is said
+        part: int = 2**20, # Bytes that are read in one go
+    ):
+        self.spans = [span for piece in cut_files(files, part) for span in piece]
+        self.coding, self.fraction, self.seed, self.skip_bad_lines = coding, fraction, seed, skip_bad_lines
+        self.process, self.processes, self.batch_size, self.pool = 0, 1, 16, 100 # whoever trains sets these; `pool` as for `ByLength`
+
+    def rows(self, order, process=0, processes=1):
+        "Yields each row of the spans in this order, and whether it is set aside."
+        def lines():
+            for k in order:
+                for number, line in read_span(self.spans[k], process=(process + k) % processes, processes=processes):
+                    if line == b"": continue
+                    try: yield from encode_line(line, self.coding, Counter())
+                    except BadLine as e: self.bad_line(self.spans[k], number, e)
+        for some in batched(lines(), 1000): yield from zip(some, set_aside(np.array([row[3] for row in some]), self.fraction, self.seed).tolist())
+
+    def bad_line(self, span, number, problem):
+        where = f"{span.path}, line {lines_before(span) + number}: {problem.kind}" + (f" ({problem.detail})" if problem.detail else "")
+        if not self.skip_bad_lines: raise InputError(f"{where}. Mend it, or go on without such lines with --skip_bad_lines.")
+        if not getattr(self, "said", False): tqdm.write(f"{where}. It is left out, and so are others that cannot be used.")
+        self.said = True
+
+    def epoch(self, epoch):
+        "Yields the rows of an epoch for this process, in the order in which they are read."
+        helper = torch.utils.data.get_worker_info() # of a DataLoader; each takes a share of the share
+        helper, helpers = (helper.id, helper.num_workers) if helper else (0, 1)
+        order, n = torch.randperm(len(self.spans), generator=torch.Generator().manual_seed(self.seed + epoch)).tolist(), 0
+        for row, aside in self.rows(order, self.process*helpers + helper, self.processes*helpers):
+            if not aside: n += 1; yield row
+        if not n: raise InputError(f"{self.spans[0].path if self.spans else 'The data'}: no sequence in it to train on for one of {self.processes*helpers} processes. Bring more.")
+
+    def __iter__(self):
+        endless = itertools.chain.from_iterable(map(self.epoch, itertools.count()))
+        for k, block in enumerate(batched(endless, self.pool*self.batch_size)):
+            seed = int(np.random.SeedSequence([self.seed, self.process, k]).generate_state(1)[0])
+            for i in ByLength([row[-1] for row in block], self.batch_size, seed, self.pool):
+                ids, label, _, _, length = block[i]
+                yield {"input_ids": np.frombuffer(ids, self.coding.dtype), "label": label, "length": length}
+
+def batched(
+    rows, # An iterable
+    n: int,
+): # From Python 3.12 on, `itertools` has it
+    "Yields lists of `n` rows; the last may be shorter."
+    rows = iter(rows)
+    return iter(lambda: list(itertools.islice(rows, n)), [])
+
+# %% ../nbs/01_data.ipynb #0145c757
+def stream_corpus(
+    data_path: str | Path, # As for `read_corpus`, and so are the next
+    tokenizer,
+    max_length: int = 1024,
+    long: str = "truncate",
+    skip_bad_lines: bool = False,
+    fraction: float = 0.2, # Share of the sequences that is kept from training
+    seed: int = 42, # Of the order, and of what is kept
+    held_out: int = 2_000, # Of these at most so many are validated on
+    classes: list[str] | None = None,
+) -> tuple[Corpus, Split]:
+    "A corpus that is not encoded beforehand; its `dataset` and `train` are a `Stream`. Raises `InputError` at a bad line."
+    files, coding, settings = corpus_files(data_path), *make_coding(tokenizer, max_length, long, classes)
+    stream, held, n = Stream(files, coding, fraction, seed, skip_bad_lines), [], 0
+    with tqdm(total=held_out, desc="Setting sequences aside", delay=2, leave=False) as bar:
+        for row, _ in filter(lambda pair: pair[1], stream.rows(range(len(stream.spans)))):
+            if row[2] and n == held_out: break
+            n += row[2]
+            held.append(row)
+            bar.update(row[2])
+    if not held: raise InputError(f"{data_path}: no sequence in it would be set aside to validate on, with {fraction:.0%} of all possible sequences. Bring more, or change --validation_fraction.")
+    sizes = [(p.name, p.stat().st_size) for p in files]
+    report = {"files": len(files), "bytes": sum(size for _, size in sizes), "max_length": max_length, "long": long, "classes": classes,
+              "fingerprint": fingerprint([], settings, sizes)} # names and sizes must do: to know the content, all would have to be read
+    return Corpus(stream, report), Split(stream, Dataset(pa.Table.from_batches([as_batch(held, coding.dtype)])), None, np.arange(n), 0)
 
 # %% ../nbs/01_data.ipynb #26bc6a8b
 def write_lines(
