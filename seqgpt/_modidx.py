@@ -206,6 +206,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'seqgpt.data.batched': ('data.html#batched', 'seqgpt/data.py'),
                              'seqgpt.data.beginnings': ('data.html#beginnings', 'seqgpt/data.py'),
                              'seqgpt.data.cell_colours': ('data.html#cell_colours', 'seqgpt/data.py'),
+                             'seqgpt.data.choose': ('data.html#choose', 'seqgpt/data.py'),
                              'seqgpt.data.class_names': ('data.html#class_names', 'seqgpt/data.py'),
                              'seqgpt.data.collate': ('data.html#collate', 'seqgpt/data.py'),
                              'seqgpt.data.corpus_files': ('data.html#corpus_files', 'seqgpt/data.py'),

@@ -8,8 +8,8 @@ __all__ = ['ENDINGS', 'LONGEST', 'KEYS', 'LONG', 'PIECE', 'CELL_COLOURS', 'LABEL
            'read_span', 'read_rows', 'read_lines', 'Problems', 'cut', 'fingerprint', 'Corpus', 'Coding', 'encode_line',
            'encode_rows', 'write_arrow', 'as_batch', 'written_whole', 'sync', 'swap', 'remove', 'alone', 'sweep',
            'cut_files', 'piece_key', 'encode_piece', 'follow', 'encode_files', 'read_corpus', 'make_coding', 'Split',
-           'split_corpus', 'beginnings', 'among', 'apart', 'set_aside', 'given_split', 'class_names', 'collate',
-           'cell_colours', 'plot_batch', 'ByLength', 'Stream', 'batched', 'stream_corpus', 'write_lines',
+           'split_corpus', 'beginnings', 'among', 'apart', 'choose', 'set_aside', 'given_split', 'class_names',
+           'collate', 'cell_colours', 'plot_batch', 'ByLength', 'Stream', 'batched', 'stream_corpus', 'write_lines',
            'write_corpus', 'label_symbols', 'find_vocab', 'write_labelled']
 
 # %% ../nbs/01_data.ipynb #ff493d63
@@ -38,6 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, concatenate_datasets
+from datasets.table import InMemoryTable
 from filelock import FileLock, Timeout
 from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky import get_reusable_executor
@@ -162,9 +163,10 @@ def open_parquet(
     path: Path, # A file
 ):
     "Yields the `ParquetFile`; raises `InputError` where it cannot be read."
+    errors = (pa.ArrowException, OSError, ValueError, OverflowError) # looked up now: at the end of Python the module may be gone before a stream is
     try:
         with pq.ParquetFile(path) as file: yield file
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
+    except errors as e:
         raise InputError(f"{path}: cannot be read as Parquet ({' '.join(str(e).split())[:200]}). Is it complete?") from None
 
 # %% ../nbs/01_data.ipynb #7f52267d
@@ -493,7 +495,7 @@ def piece_key(
             with open_parquet(span.path) as file:
                 groups = [file.metadata.row_group(k).to_dict() for k in range(span.start, span.stop)]
                 digest.update(repr((file.schema_arrow, groups)).encode())
-            starts = [(min(filter(None, (c["dictionary_page_offset"], c["data_page_offset"]))), c["total_compressed_size"]) for g in groups for c in g["columns"]]
+            starts = [(min(filter(None, (c["dictionary_page_offset"], c["data_page_offset"])), default=0), c["total_compressed_size"]) for g in groups for c in g["columns"]]
             ranges = [(start, start + n) for start, n in starts]
         else: ranges = [line_range(span) if span.kind == "lines" else (0, span.stop)]
         digest.update(repr((span.kind, span.start == 0, [end - first for first, end in ranges])).encode()) # a mark is only stripped at the start
@@ -688,8 +690,18 @@ def apart(
     shared: int, # See `Split`
 ) -> Split:
     "The two parts of `dataset`."
-    rows = aside if len(aside) == len(begins) else aside[np.cumsum(begins) - 1]
-    return Split(*(dataset.select(np.flatnonzero(part)) for part in (~rows, rows)), *(np.flatnonzero(part) for part in (~aside, aside)), int(shared))
+    parts = [np.flatnonzero(part) for part in (~aside, aside)]
+    rows = parts if len(aside) == len(begins) else [np.flatnonzero(part) for row in [aside[np.cumsum(begins) - 1]] for part in (~row, row)]
+    return Split(*(choose(dataset, part) for part in rows), *parts, int(shared))
+
+def choose(
+    dataset: Dataset, # Of a `Corpus`
+    rows: np.ndarray, # Numbers of rows
+) -> Dataset:
+    "What `dataset.select(rows)` gives; that would make a list of Python's numbers, which takes gigabytes for twenty million."
+    if dataset._indices is not None or len(rows) == 0: return dataset.select(rows)
+    name = hashlib.blake2b(rows, digest_size=8, key=dataset._fingerprint.encode()).hexdigest()
+    return Dataset(dataset.data, dataset.info, dataset.split, InMemoryTable(pa.table({"indices": pa.array(rows.view(np.uint64))})), name)
 
 # %% ../nbs/01_data.ipynb #c782f982
 def set_aside(

@@ -1,12 +1,15 @@
 "A corpus in pieces is the same as in one; what is finished stays; what has changed is noticed."
 import gzip
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -253,3 +256,89 @@ def test_the_sample_is_drawn_as_ever(read, tmp_path):
     "The split of a run from before is drawn again: the numbers were written down once."
     dataset = read(write(tmp_path/"a", "lines", records(30)), 100).dataset
     assert D.split_corpus(dataset).validation_index.tolist() == [6, 12, 13, 21, 23, 24]
+
+
+# --- the stream
+
+def epoch(stream, e=0, process=0, processes=1):
+    "What a process reads in an epoch: ids, label, digest, length."
+    stream.process, stream.processes = process, processes
+    return [(np.frombuffer(ids, stream.coding.dtype).tolist(), label, digest, length) for ids, label, _, digest, length in stream.epoch(e)]
+
+
+def of(dataset): return [*zip(*(dataset[name][:] for name in ("input_ids", "label", "digest", "length")))]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    "A folder with a file of each kind."
+    (tmp_path/"c").mkdir()
+    for k in range(3): write(tmp_path/"c"/(f"{k}" + D.ENDINGS[k]), KINDS[k], records(150, 100*k)) # a third stands in two files
+    return tmp_path/"c"
+
+
+@pytest.mark.parametrize("long", ["truncate", "split"])
+@pytest.mark.parametrize("part", [60, 1000, 2**20])
+def test_a_stream_gives_what_an_encoded_corpus_has(long, part, mixed, read):
+    want = D.split_corpus(read(mixed, long=long, max_length=5).dataset, 0.3, 4, by="content")
+    stream = D.Stream(D.corpus_files(mixed), D.make_coding(TOKENIZER, 5, long, None)[0], 0.3, 4, part=part)
+    whole = epoch(stream)
+    assert Counter(map(str, whole)) == Counter(map(str, of(want.train)))
+    for processes in (2, 3, 7):
+        shares = [epoch(stream, 0, p, processes) for p in range(processes)]
+        assert Counter(str(row) for share in shares for row in share) == Counter(map(str, whole)) and all(shares)
+        assert max(map(len, shares)) < 2*len(whole)/processes
+    assert len(stream.spans) == 1 or epoch(stream, 1) != whole
+    assert epoch(stream) == whole and sorted(map(str, epoch(stream, 1))) == sorted(map(str, whole))
+    corpus, split = D.stream_corpus(mixed, TOKENIZER, 5, long, fraction=0.3, seed=4)
+    assert of(split.validation) == of(want.validation) and split.validation.features == want.validation.features
+    few = D.stream_corpus(mixed, TOKENIZER, 5, long, fraction=0.3, seed=4, held_out=7)[1]
+    assert of(few.validation) == of(want.validation)[:len(few.validation)] and sum(few.validation["begins"]) == len(few.validation_index) == 7
+    assert want.validation["begins"][len(few.validation)] # the last sequence is there with all its pieces
+
+
+def test_a_stream_begins_anew_in_the_same_way_and_never_ends(mixed):
+    def some(n, **settings):
+        stream = D.Stream(D.corpus_files(mixed), D.make_coding(TOKENIZER, 64, "truncate", None)[0], 0.3, settings.pop("seed", 4), part=300)
+        for name, value in {"batch_size": 4, "pool": 10, **settings}.items(): setattr(stream, name, value)
+        return [str(row["input_ids"].tolist()) for row in itertools.islice(stream, n)]
+    once = some(2000)
+    assert once == some(2000) and len(once) == 2000 and once[:300] not in (some(300, seed=5), some(300, process=1, processes=2))
+    lengths = np.array([len(json.loads(row)) for row in once]).reshape(-1, 4)
+    assert (lengths.max(1) - lengths.min(1)).mean() < 0.5 and abs(np.corrcoef(np.arange(len(lengths)), lengths.mean(1))[0, 1]) < 0.2
+    stream = D.Stream(D.corpus_files(mixed), D.make_coding(TOKENIZER, 64, "truncate", None)[0], 0.3, 4, part=300)
+    whole = sorted(str(ids) for ids, *_ in epoch(stream))
+    stream.batch_size, stream.pool = 1, len(whole)
+    ids = [str(row["input_ids"].tolist()) for row in itertools.islice(stream, 2*len(whole))]
+    assert sorted(ids[:len(whole)]) == sorted(ids[len(whole):]) == whole and ids[:len(whole)] != ids[len(whole):]
+
+
+def test_helpers_of_a_loader_share_the_share(mixed):
+    stream = D.Stream(D.corpus_files(mixed), D.make_coding(TOKENIZER, 64, "truncate", None)[0], 0.3, 4)
+    class Once(torch.utils.data.IterableDataset):
+        def __iter__(self): return (digest for *_, digest, _ in stream.epoch(0))
+    found = torch.utils.data.DataLoader(Once(), batch_size=None, num_workers=2)
+    assert sorted(found) == sorted(digest for *_, digest, _ in stream.epoch(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_names_a_bad_line(kind, tmp_path, capsys):
+    rows = [{"tokens": ["H4"]} if k in (17, 30) else r for k, r in enumerate(records(40))]
+    path = write(tmp_path/"a", kind, rows)
+    make = lambda skip: D.Stream([path], D.make_coding(TOKENIZER, 64, "truncate", None)[0], 1e-6, 0, skip, part=100)
+    with pytest.raises(InputError, match=r"a, line (18|31): unknown token \('H4'\)\. Mend it, or go on without such lines with --skip_bad_lines"): epoch(make(False))
+    stream = make(True)
+    assert len(epoch(stream)) == len(epoch(stream, 1)) == 38
+    assert capsys.readouterr().out.count("H4") == 1
+    with pytest.raises(InputError, match=r"a, line 18: unknown token"): D.stream_corpus(path, TOKENIZER)
+    nothing = write(tmp_path/"b", kind, [{"tokens": ["H4"]}] * 3)
+    with pytest.raises(InputError, match="no sequence in it to train on"): next(iter(D.Stream([nothing], make(True).coding, 0.2, 0, True)))
+    with pytest.raises(InputError, match="no sequence in it would be set aside"): D.stream_corpus(nothing, TOKENIZER, skip_bad_lines=True)
+
+
+def test_what_is_known_of_a_stream(mixed, tmp_path):
+    corpus, split = D.stream_corpus(mixed, TOKENIZER, held_out=9)
+    assert str(corpus).startswith("A stream of 3 files, 0.0 MB") and str(split).startswith("9 sequences to validate, the first of those")
+    assert corpus.report["fingerprint"] == D.stream_corpus(mixed, TOKENIZER)[0].report["fingerprint"] != D.stream_corpus(mixed, TOKENIZER, 20)[0].report["fingerprint"]
+    with open(mixed/"0.jsonl", "a") as f: f.write("\n" + json.dumps(records(1)[0]))
+    assert corpus.report["fingerprint"] != D.stream_corpus(mixed, TOKENIZER)[0].report["fingerprint"]
