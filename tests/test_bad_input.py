@@ -10,6 +10,8 @@ import shutil
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import NAMES, NOTES, TINY, VOCAB, refused, seqgpt, write_lines, write_runs
@@ -114,12 +116,26 @@ def test_lines_without_a_label_cannot_be_classified(name, corpus):
 
 text = lambda records: b"\n".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in records) + b"\n"
 zipped = gzip.compress(text(GOOD), mtime=0)
+
+
+def table(records, **types):
+    "Parquet; columns of bytes can be given another type, whatever is in them."
+    out = pa.BufferOutputStream()
+    columns = pa.Table.from_pylist(records) if records else pa.table({"tokens": pa.array([], pa.list_(pa.string()))})
+    for name, kind in types.items(): columns = columns.set_column(0, name, columns[name].combine_chunks().view(kind))
+    pq.write_table(columns, out, compression="none", use_dictionary=False)
+    return out.getvalue().to_pybytes()
+
+
+tabled = table(GOOD)
 DATA = { # what lies at data.jsonl: bytes, or a function that makes something else
     "empty": (b"", ["no sequences in it"]), "a newline": (b"\n", ["no sequences"]), "only white": (b" \n\t\n\r\n" * 100, ["no sequences"]), "only a mark": (b"\xef\xbb\xbf", ["no sequences"]), "one line": (text(GOOD[:1]), ["1 sequences cannot be split"]), "one line, no newline": (text(GOOD[:1])[:-1], ["1 sequences cannot be split"]),
     "all bad": (b"x\n" * 1000, ["1,000 of 1,000 lines", "Is it JSON Lines in UTF-8?", "at line 1 ("]), "UTF-16": (text(GOOD).decode().encode("utf-16"), ["not UTF-8", "at line 1 ("]), "pretty JSON": (json.dumps(GOOD, indent=1).encode(), ["malformed JSON", "at line 1 ("]), "one JSON list": (json.dumps(GOOD).encode(), ["not an object", "line 1"]),
     "empty gzip": (gzip.compress(b""), ["no sequences"]), "gzip head": (zipped[:5], ["data.jsonl, after line 0: the file cannot be read on", "Is it complete?"]), "half a gzip": (zipped[:len(zipped)//2], ["after line", "Is it complete?"]), "gzip without its end": (zipped[:-4], ["after line", "Is it complete?"]), "damaged gzip": (zipped[:60] + bytes(40) + zipped[100:], ["after line", "Is it complete?"]),
     "gzip, wrong sum": (zipped[:-8] + bytes(8), ["after line"]), "gzip, wrong method": (zipped[:2] + b"\x07" + zipped[3:], ["after line 0"]), "gzip and rubbish": (zipped + b"rubbish", ["after line 40"]), "gzip in gzip": (gzip.compress(zipped), ["malformed JSON" if zipped.isascii() else "not UTF-8"]), "only two bytes": (b"\x1f\x8b", ["after line 0"]),
-    "bzip2": (b"BZh91AY&SY", ["line 1"]), "zip": (b"PK\x03\x04" + bytes(100), ["line 1"]), "Parquet": (b"PAR1" + bytes(range(256)), ["line 1"]), "all one class": (text([{**r, "label": 1} for r in GOOD]), ["all labels are '1'"]), "a huge line": (b'{"tokens": ["' + b"C" * (2**26 + 9) + b'"]}\n', ["data.jsonl, line 1: is longer than 64 MiB"]),
+    "bzip2": (b"BZh91AY&SY", ["line 1"]), "zip": (b"PK\x03\x04" + bytes(100), ["line 1"]), "Parquet": (b"PAR1" + bytes(range(256)), ["data.jsonl: cannot be read as Parquet", "Is it complete?"]), "Parquet head": (b"PAR1", ["data.jsonl: cannot be read as Parquet"]), "half a Parquet": (tabled[:len(tabled)//2], ["cannot be read as Parquet"]), "Parquet without its end": (tabled[:-1], ["cannot be read as Parquet"]),
+    "damaged Parquet": (tabled[:4] + bytes(200) + tabled[204:], ["data.jsonl: cannot be read as Parquet"]), "Parquet, endless footer": (tabled[:-8] + b"\xff\xff\xff\x7fPAR1", ["cannot be read as Parquet"]), "Parquet of no rows": (table([]), ["no sequences"]), "Parquet without columns": (table([{"note": 1}] * 9), ["9 of 9 lines", "no tokens"]),
+    "Parquet with a bad row": (table(GOOD[:3] + [{"tokens": ["H4"]}] + GOOD), ["1 of 44 lines", "unknown token: 1, at line 4 ('H4')"]), "Parquet, not UTF-8": (table([{"text": b"C4 \xff"}] * 2, text=pa.string()), ["cannot be read as Parquet"]), "all one class": (text([{**r, "label": 1} for r in GOOD]), ["all labels are '1'"]), "a huge line": (b'{"tokens": ["' + b"C" * (2**26 + 9) + b'"]}\n', ["data.jsonl, line 1: is longer than 64 MiB"]),
     "a huge line behind others": (text(GOOD) + b"[" * (2**26 + 9), ["data.jsonl, line 41: is longer than 64 MiB"]), "gzip bomb": (gzip.compress(b" " * 2**28, 6), ["data.jsonl, line 1: is longer than 64 MiB"]),
     "dangling link": (lambda p: p.symlink_to("nowhere"), ["data.jsonl: no such file"]), "link to a folder": (lambda p: p.symlink_to("."), ["data.jsonl/data.jsonl: is no regular file"]), "link to /dev/zero": (lambda p: p.symlink_to("/dev/zero"), ["data.jsonl: no such file"]), "loop": (lambda p: p.symlink_to(p.name), ["data.jsonl: no such file"]), "pipe": (os.mkfifo, ["data.jsonl: no such file"]), "empty folder": (Path.mkdir, ["data.jsonl: no file in this folder"]),
     "link to a pipe": (lambda p: (os.mkfifo(p.with_name("pipe")), p.symlink_to("pipe")), ["data.jsonl: no such file"]), "gone": (lambda p: None, ["data.jsonl: no such file"]),
