@@ -503,6 +503,7 @@ def training_split(
     except InputError as e: raise InputError(f"{e}\nThat is what the model was trained on; name other sequences with --data_path (evaluate) or --prompt_file (infer).") from e
     if written.exists() and read_json(written, most=2**33).get("fingerprint") != corpus.report["fingerprint"]:
         raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same.\nName other sequences with --data_path (evaluate) or --prompt_file (infer).")
+    if config.streaming: split = replace(split, train=split.train.first(20_000)) # all would take as long as the training
     return split
 
 # %% ../nbs/06_evaluation.ipynb #83184521

@@ -49,13 +49,14 @@ from sklearn.metrics import f1_score
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import GPT2Config, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.optimization import get_scheduler
 
-from .data import LONG, ByLength, Corpus, Split, class_names, collate, find_vocab, fingerprint, given_split, read_corpus, split_corpus
+from .data import LONG, ByLength, Corpus, Split, Stream, choose, class_names, collate, column, find_vocab, fingerprint, given_split, read_corpus, split_corpus, stream_corpus
 from .data import alone, remove, sweep, written_whole
 from .model import NEW_ROWS, TASKS, count_parameters, keep_memory, known_rows, learn_in_part, make_config, merged, new_model, quicken, saved_config, take_over
 from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_json, read_text, read_vocab, save_tokenizer
@@ -81,6 +82,8 @@ class Config:
     skip_bad_lines: bool = False # Go on without lines that cannot be used, and say how many
     validation_path: str | None = None # Sequences to validate on, in the same forms; default: some of data_path are set aside
     validation_fraction: float = 0.2 # Share of the sequences of data_path set aside, where validation_path names none
+    split: str = "sample" # How they are chosen: sample, so many are drawn, of each label its share; content, each sequence by itself, so that it stays on its side when data is added
+    streaming: bool = False # Do not encode the data beforehand, but read it while training: for data of any size, without a copy; needs max_steps, and sets aside by content
     cache_dir: str | None = None # Where encoded data is kept; default: beside the cache of Hugging Face datasets
     output_dir: str = "outputs" # Where models, checkpoints and logs go
     overwrite: bool = False # Replace an earlier run in output_dir
@@ -96,7 +99,7 @@ class Config:
     weight_decay: float = 0.01 # Pull of weight matrices toward zero
     max_grad_norm: float = 1.0 # Longest gradient; longer ones are shortened
     precision: str = "auto" # auto, fp32, bf16 or fp16; auto: the fastest that is safe on this hardware
-    eval_steps: int = 0 # Validate and save every so many steps; 0: once an epoch
+    eval_steps: int = 0 # Validate and save every so many steps; 0: once an epoch; of a stream, ten times
     logging_steps: int = 10 # Write the training loss down every so many steps
     early_stopping_patience: int = 0 # Stop after so many validations without a new best; 0: never
     seed: int = 42 # Of the split, the weights, the order and dropout
@@ -126,7 +129,7 @@ def check_config(
     if not (1 <= config.max_steps <= 10**12 or config.max_steps == -1): raise InputError(f"max_steps is {config.max_steps}. It must lie between 1 and 10**12, or be -1 to go by num_epochs.")
     if not config.output_dir: raise InputError("output_dir is empty. Name a folder; this one is called .")
     if named := {"n_layer", "n_head", "n_embd"} & config.model.keys(): raise InputError(f"model.{min(named)}: is a setting of its own, --{min(named)}.")
-    for name, values in {"precision": PRECISIONS, "task": tuple(TASKS), "optimizer": ("adamw", "muon"), "class_weights": ("none", "balanced"), "new_symbols": tuple(NEW_ROWS)}.items():
+    for name, values in {"precision": PRECISIONS, "task": tuple(TASKS), "optimizer": ("adamw", "muon"), "class_weights": ("none", "balanced"), "new_symbols": tuple(NEW_ROWS), "split": ("sample", "content")}.items():
         if getattr(config, name) not in values: raise InputError(f"{name} is {getattr(config, name)!r}. Choose {', '.join(values)}.")
     if config.task == "classification" and config.long == "split": raise InputError("long is 'split', but a label belongs to a whole sequence. Choose truncate or error, or a higher --max_length.")
     if config.task == "clm" and config.class_weights != "none": raise InputError("class_weights are for --task classification.")
@@ -136,6 +139,8 @@ def check_config(
     if config.new_symbols != "normal" and config.init_from is None: raise InputError("new_symbols is for a model that starts from another one: name that with --init_from.")
     if config.lora_rank and config.frozen_layers == config.n_layer: raise InputError(f"frozen_layers is {config.frozen_layers}, which is all, so lora_rank has no block to add to. Leave one of them out.")
     if config.data_path is None: raise InputError("No data. Name it with --data_path.")
+    if config.streaming and config.task == "classification": raise InputError("streaming is for --task clm: a classifier must know all labels before it begins. Leave --streaming out.")
+    if config.streaming and config.max_steps < 1: raise InputError("streaming has no end, since nobody knows how many sequences there are. Say how many steps to make with --max_steps.")
     if not 0 < config.validation_fraction < 1: raise InputError(f"validation_fraction is {config.validation_fraction}. It must lie between 0 and 1.")
     try: get_scheduler(config.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), num_warmup_steps=1, num_training_steps=2)
     except Exception as e: raise InputError(f"lr_scheduler_type {config.lr_scheduler_type!r} cannot be used: {' '.join(str(e).split())}") from e
@@ -185,15 +190,19 @@ class QuickTrainer(Trainer):
         return super().compute_loss(lambda **batch: functional_call(model, weights, kwargs=batch), inputs, *args, **kwargs)
 
     def get_train_dataloader(self):
-        return self._get_dataloader(Filled(self.train_dataset, self.processing_class.bos_token_id), "Training", self.args.train_batch_size, self._get_train_sampler, is_training=True)
+        rows, size = self.train_dataset, self.args.train_batch_size
+        if isinstance(rows, Stream):
+            self.sampler, rows.process, rows.processes, rows.batch_size = None, self.args.process_index, self.args.world_size, size*self.args.gradient_accumulation_steps
+            return DataLoader(rows, size, collate_fn=self.data_collator, num_workers=int(not self.args.use_cpu), pin_memory=self.args.dataloader_pin_memory)
+        return self._get_dataloader(Filled(rows, self.processing_class.bos_token_id), "Training", size, self._get_train_sampler, is_training=True)
 
     def _get_train_sampler(self, train_dataset=None):
         at_once = self.args.train_batch_size*self.args.world_size
-        self.sampler = ByLength(self.train_dataset.with_format("numpy")["length"][:], at_once*self.args.gradient_accumulation_steps, self.args.seed, multiple=at_once)
+        self.sampler = ByLength(column(self.train_dataset, "length"), at_once*self.args.gradient_accumulation_steps, self.args.seed, multiple=at_once)
         return self.sampler
 
     def _run_epoch(self, *, epoch, **kwargs):
-        self.sampler.set_epoch(epoch) # `Trainer` does not reach it where several processes go on in the middle of an epoch
+        if self.sampler: self.sampler.set_epoch(epoch) # `Trainer` does not reach it where several processes go on in the middle of an epoch
         super()._run_epoch(epoch=epoch, **kwargs)
 
 class Filled(torch.utils.data.Dataset):
@@ -541,7 +550,7 @@ def largest_batch(
     trainer: Trainer, # Its model and optimiser are of no use afterwards
 ) -> int: # 0: not even one sequence fits
     "The largest part of a batch, in sequences, that can be trained on, be they as long as the longest of the data; less than a whole one."
-    lengths = [(d.with_format("numpy")["length"][:], d) for d in (trainer.train_dataset, trainer.eval_dataset)]
+    lengths = [(column(d, "length"), d) for d in (trainer.train_dataset, trainer.eval_dataset) if not isinstance(d, Stream)]
     longest, data = max(lengths, key=lambda pair: pair[0].max())
     row, whole = data[int(longest.argmax())], trainer.args.per_device_train_batch_size
     trainer.accelerator.sync_gradients = True # otherwise the optimiser may wait for more batches
@@ -763,7 +772,7 @@ def start_from(
     data = {}
     if config.data_path is None:
         before = read_config(Path(config.init_from)/"config.yaml")
-        data = {name: getattr(before, name) for name in ("data_path", "validation_path", "validation_fraction", "seed") if untouched(name)}
+        data = {name: getattr(before, name) for name in ("data_path", "validation_path", "validation_fraction", "split", "seed") if untouched(name)}
     return replace(config, **shape, **data, model={**{name: getattr(body, name) for name in own if getattr(body, name) != getattr(usual, name)}, **config.model})
 
 # %% ../nbs/04_training.ipynb #2ff8dc97
@@ -786,15 +795,19 @@ def load_data(
 ) -> tuple[Corpus, Split]:
     "The encoded data of `config`, and its two parts: drawn, or given."
     read = lambda path, classes: read_corpus(path, tokenizer, config.max_length, config.long, config.skip_bad_lines, classes, config.cache_dir)
-    corpus = read(config.data_path, [] if config.task == "classification" else None)
-    if not config.validation_path: return corpus, split_corpus(corpus.dataset, config.validation_fraction, config.seed)
+    if config.streaming:
+        fraction = 0 if config.validation_path else config.validation_fraction
+        corpus, split = stream_corpus(config.data_path, tokenizer, config.max_length, config.long, config.skip_bad_lines, fraction, config.seed)
+    else: corpus = read(config.data_path, [] if config.task == "classification" else None)
+    if not config.validation_path: return corpus, split if config.streaming else split_corpus(corpus.dataset, config.validation_fraction, config.seed, config.split)
     other = read(config.validation_path, class_names(corpus.dataset.unique("label")) if config.task == "classification" else None)
-    return Corpus(corpus.dataset, {**corpus.report, "fingerprint": f"{corpus.report['fingerprint']}, {other.report['fingerprint']}"}), given_split(corpus.dataset, other.dataset)
+    corpus.report["fingerprint"] += f", {other.report['fingerprint']}"
+    return corpus, replace(split, validation=other.dataset, validation_index=np.flatnonzero(column(other.dataset, "begins"))) if config.streaming else given_split(corpus.dataset, other.dataset)
 
 # %% ../nbs/04_training.ipynb #327baffb
 def training_arguments(
     config: Config,
-    n_train: int, # Training sequences
+    n_train: int | None, # Training sequences; of a stream unknown
 ) -> TrainingArguments:
     "The arguments of `Trainer` for `config`."
     precision, gpu = pick_precision(config.precision), torch.accelerator.is_available()
@@ -807,7 +820,7 @@ def training_arguments(
         eval_strategy="steps", save_strategy="steps", save_total_limit=2, metric_for_best_model="loss", greater_is_better=False,
         batch_eval_metrics=True, include_num_input_tokens_seen="non_padding", logging_first_step=True, logging_nan_inf_filter=False, report_to=[],
         remove_unused_columns=False, ddp_find_unused_parameters=False, disable_tqdm=False, dataloader_pin_memory=torch.cuda.is_available())
-    per_epoch = math.ceil(n_train / (args.train_batch_size * args.world_size * config.gradient_accumulation_steps))
+    per_epoch = max(1, config.max_steps // 10) if n_train is None else math.ceil(n_train / (args.train_batch_size * args.world_size * config.gradient_accumulation_steps))
     args.max_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_epochs * per_epoch)
     args.eval_steps = args.save_steps = config.eval_steps or per_epoch
     args.logging_steps = min(config.logging_steps, args.eval_steps, args.max_steps)
@@ -844,7 +857,7 @@ def find_checkpoint(
         if config.resume and args.process_index == 0: tqdm.write(f"{out}: no checkpoint to go on from; starting from the beginning.")
         return None, False
     before, now = asdict(read_config(out/"config.yaml")), asdict(config)
-    fixed = ("task", "init_from", "new_symbols", "frozen_layers", "lora_rank", "class_weights", "max_length", "long", "validation_fraction", "optimizer", "seed", "n_layer", "n_head", "n_embd", "model")
+    fixed = ("task", "init_from", "new_symbols", "frozen_layers", "lora_rank", "class_weights", "max_length", "long", "validation_fraction", "split", "streaming", "optimizer", "seed", "n_layer", "n_head", "n_embd", "model")
     differ = {name: f"{name} (was {before[name]}, is {now[name]})" for name in fixed if before[name] != now[name]}
     written = read_json(out/"split.json", remedy := "Replace the run (--overwrite) or choose another --output_dir.")
     if lacking := identity.keys() - written.keys(): raise InputError(f"{out}/split.json: has no {min(lacking)}. {remedy}")
@@ -911,7 +924,8 @@ def begin_run(
     if config.overwrite:
         for name in ("checkpoints", "final_model", "best_model", "runs", "training_curves.png", "samples.png", "samples.jsonl"): remove(out/name)
     write_config(config, out/"config.yaml")
-    indices = {"train": split.train_index.tolist(), "validation": split.validation_index.tolist()}
+    rule = {"split": "content", "validation_fraction": config.validation_fraction, "seed": config.seed} # says it in less than a list of millions
+    indices = {"train": split.train_index.tolist(), "validation": split.validation_index.tolist()} if config.split == "sample" and not config.streaming else rule
     with written_whole(out/"split.json") as part: part.write_text(json.dumps(identity | indices))
 
 # %% ../nbs/04_training.ipynb #274099e2
@@ -948,6 +962,7 @@ def say_what_was_seen(
     if not old.get_vocab().items() <= tokenizer.get_vocab().items(): return # other ids: other data
     try:
         before = replace(read_config(Path(config.init_from)/"config.yaml"), cache_dir=config.cache_dir)
+        if before.streaming: raise InputError("")
         seen = given_split(load_data(before, old)[1].train, split.validation).shared
     except InputError: return tqdm.write(f"What {config.init_from} was trained on is gone: whether the sequences to validate on were among it cannot be told.")
     if seen > split.shared: tqdm.write(f"{config.init_from} was trained on {seen:,} of the sequences to validate on, so they flatter. The --seed of that training, {before.seed}, gives its split.")
@@ -1044,7 +1059,7 @@ def train(
     corpus, split = load_data(config, tokenizer)
     parts, model_config = task_parts(config, split, tokenizer, configure)
     tokenizer.model_max_length = config.max_length # where others cut off what is too long
-    args, out = training_arguments(config, len(split.train)), Path(config.output_dir)
+    args, out = training_arguments(config, None if config.streaming else len(split.train)), Path(config.output_dir)
     model = new_model(model_config, config.seed, config.task)
     if config.init_from: take_over(model, tokenizer, config.init_from, config.new_symbols)
     learn_in_part(model, config.frozen_layers, config.lora_rank)
@@ -1053,9 +1068,9 @@ def train(
         checkpoint, done = find_checkpoint(config, args, identity, model)
         args.distributed_state.wait_for_everyone() # all have read what is now written anew
         if first: begin_run(config, corpus, split, identity, tokenizer, model)
-        by_length = np.argsort(split.validation.with_format("numpy")["length"][:], kind="stable")
+        by_length = np.argsort(column(split.validation, "length"), kind="stable")
         trainer = QuickTrainer(
-            model, args, train_dataset=split.train, eval_dataset=split.validation.select(by_length), processing_class=tokenizer, **parts,
+            model, args, train_dataset=split.train, eval_dataset=choose(split.validation, by_length), processing_class=tokenizer, **parts,
             half=args.use_cpu and pick_precision(config.precision) == "bf16", optimizers=(Muon(model, config.learning_rate, config.weight_decay) if config.optimizer == "muon" else None, None),
             callbacks=[StopWhenDiverged(), KeepBest(out, tokenizer, config), stop, *callbacks])
         if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
