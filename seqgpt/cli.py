@@ -580,7 +580,7 @@ def main(
         return 130
     except Exception as e:
         if os.environ.get("SEQGPT_TRACEBACK"): raise
-        if is_input_error(e) and os.environ.get("LOCAL_RANK", "0") != "0": return 2 # of several processes on a machine, the first says it
+        if is_input_error(e) and os.environ.get("LOCAL_RANK", "0") != "0" and not hasattr(e, "here"): return 2 # of several processes on a machine, the first says it
         print(f"seqgpt {verb}: {on_lines(explain(e, verb))}", file=sys.stderr)
         return 2 if is_input_error(e) or getattr(e, "errno", None) in PATHS else 1
     finally:

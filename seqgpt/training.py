@@ -1103,4 +1103,7 @@ def run_trainer(
             trainer.add_callback(TensorBoardCallback(writer))
         stack.enter_context(say_what_fits(trainer))
         try: trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except InputError as e: # of a stream: the other processes know nothing of it
+            e.here = True
+            raise
         except KeyboardInterrupt: raise Interrupted(f"Stopped at once. Go on from the newest checkpoint with: {resume_command(out, trainer.args.world_size)}") from None

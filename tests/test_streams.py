@@ -1,0 +1,91 @@
+"Training while the data is read: the same whether interrupted or not, each process with its own share, and nothing is written but the run."
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import NOTES, TINY, write_lines
+from test_crashes import history, left, resume, runner
+
+RUN = ["train", *TINY, "--data_path", "shards", "--cache_dir", "cache", "--streaming", "--max_length", 12, "--max_steps", 10, "--eval_steps", 4, "--logging_steps", 3, "--validation_fraction", 0.3, "--batch_size", 4,
+       "--gradient_accumulation_steps", 2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("streams")
+    (folder/"shards").mkdir()
+    lengths = torch.randint(2, 11, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"tokens": [NOTES[(k*k + j) % 5] for j in range(n)]} for k, n in enumerate(lengths)]
+    for k in range(3):
+        write_lines(folder, rows[k::3])
+        (folder/"data.jsonl").rename(folder/f"shards/{k}.jsonl")
+        (folder/"vocab.json").replace(folder/"shards/vocab.json")
+    with runner(folder) as ask:
+        done, = ask(*RUN)
+        assert done["code"] == 0, done["err"]
+        yield folder, ask, left(folder/"outputs")
+
+
+@pytest.fixture
+def fresh(place):
+    folder, ask, whole = place
+    shutil.rmtree(folder/"outputs", ignore_errors=True)
+    return folder, ask, whole
+
+
+@pytest.mark.parametrize("step", [3, 4, 9])
+def test_stopped_and_gone_on(fresh, step):
+    folder, ask, whole = fresh
+    stopped, = ask(*RUN, step=step, signal=15)
+    assert stopped["code"] == 130 and f"Stopped after step {step} of 10" in stopped["err"], stopped
+    resume(ask, folder, whole, run=RUN)
+
+
+def test_two_processes(fresh):
+    folder, ask, _ = fresh
+    run = [*RUN, "--gradient_accumulation_steps", 1]
+    assert [a["code"] for a in ask(*run, "--output_dir", "through", processes=2)] == [0, 0]
+    assert [a["code"] for a in ask(*run, step=7, signal=15, processes=2)] == [130, 130]
+    resume(ask, folder, left(folder/"through"), run=run, processes=2)
+    alone, = ask(*run, "--output_dir", "through", "--max_steps", 14, "--resume") # another division goes on too, with other shares
+    assert alone["code"] == 0 and "Each step shall see 8 sequences" in alone["out"] and history(folder/"through")[-1]["step"] == 14, alone
+
+
+def test_no_copy_is_written(fresh):
+    folder, ask, whole = fresh
+    shutil.rmtree(folder/"cache", ignore_errors=True)
+    said = ask(*RUN)[0]["out"]
+    assert "A stream of 3 files" in said and not list((folder).glob("cache/*.arrow"))
+    assert json.loads((folder/"outputs/split.json").read_text()).keys() == {"fingerprint", "vocabulary", "processes", "split", "validation_fraction", "seed"}
+
+
+def test_sequences_to_validate_on_of_their_own(fresh):
+    folder, ask, _ = fresh
+    write_lines(folder, [{"tokens": list(NOTES)}]*7)
+    said, = ask(*RUN, "--validation_path", "data.jsonl")
+    assert said["code"] == 0 and "7 sequences to validate" in said["out"], said
+    assert json.loads((folder/"outputs/best_model/evaluation/metrics.json").read_text())["sequences"] == 7
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_line_in_the_middle(fresh, processes):
+    folder, ask, _ = fresh
+    shutil.copytree(folder/"shards", folder/"bad", dirs_exist_ok=True)
+    lines = (folder/"bad/1.jsonl").read_text().splitlines()
+    lines[20:21] = ["{"]
+    (folder/"bad/1.jsonl").write_text("\n".join(lines) + "\n")
+    run, job = [*RUN, "--data_path", "bad"], {"processes": processes} if processes > 1 else {}
+    refused = ask(*run, "--validation_path", "shards/0.jsonl", **job)
+    assert any("1.jsonl, line 21" in a["err"] and a["code"] in (1, 2) for a in refused), refused
+    went_on = ask(*run, "--validation_path", "shards/0.jsonl", "--skip_bad_lines", "--overwrite", **job)
+    assert all(a["code"] == 0 for a in went_on) and sum("1.jsonl, line 21" in a["out"] for a in went_on) == 1, went_on
+
+
+def test_the_data_of_a_stream_must_be_the_same(fresh):
+    folder, ask, _ = fresh
+    shutil.copytree(folder/"shards", folder/"more", dirs_exist_ok=True)
+    assert ask(*RUN, "--data_path", "more", step=3, signal=15)[0]["code"] == 130
+    with open(folder/"more/2.jsonl", "a") as f: f.write(json.dumps({"tokens": list(NOTES)}) + "\n")
+    refused, = ask(*RUN, "--data_path", "more", "--resume")
+    assert refused["code"] == 2 and "the data" in refused["err"], refused
