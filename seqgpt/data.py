@@ -290,7 +290,7 @@ class Corpus:
 
     def __str__(self):
         r = self.report
-        if "sequences" not in r: return f"A stream of {r['files']:,} file{'s'[:r['files'] != 1]}, {r['bytes']/10**6:,.1f} MB, read while the training goes on: nothing is counted beforehand."
+        if "sequences" not in r: return f"A stream of {r['files']:,} file{'s'[:r['files'] != 1]}, {tqdm.format_sizeof(r['bytes'], 'B')}, read while the training goes on: nothing is counted beforehand."
         parts = [f"{r['sequences']:,} sequences, {r['tokens']:,} tokens, {r['shortest']} to {r['longest']} long"]
         if r["skipped"]: parts.append(f"{r['skipped']:,} bad lines left out ({r['problems']})")
         if r["long_sequences"]:
@@ -473,7 +473,9 @@ def cut_files(
     def parts(span):
         if span.kind == "lines": return [span._replace(start=k, stop=min(k + size, span.stop), size=min(size, span.stop - k)) for k in range(0, span.stop, size)]
         if span.kind == "gzip": return [span]
-        with open_parquet(span.path) as file: return [span._replace(start=k, stop=k + 1, size=file.metadata.row_group(k).total_byte_size) for k in range(span.stop)]
+        with open_parquet(span.path) as file: groups = [file.metadata.row_group(k) for k in range(span.stop)]
+        values = [max((g.column(k).num_values for k in range(g.num_columns)), default=0) for g in groups]
+        return [span._replace(start=k, stop=k + 1, size=max(g.total_byte_size, 4*n)) for k, (g, n) in enumerate(zip(groups, values))] # a symbol takes about 4 bytes in JSON, a fraction of that here
     pieces, room = [], 0
     for span in itertools.chain.from_iterable(map(parts, map(whole, files))):
         if not pieces or room < span.size: pieces.append([]); room = size
