@@ -338,7 +338,7 @@ def test_a_stream_names_a_bad_line(kind, tmp_path, capsys):
 
 def test_what_is_known_of_a_stream(mixed, tmp_path):
     corpus, split = D.stream_corpus(mixed, TOKENIZER, held_out=9)
-    assert str(corpus).startswith("A stream of 3 files, 0.0 MB") and str(split).startswith("9 sequences to validate, the first of those")
+    assert str(corpus).startswith(f"A stream of 3 files, {sum(p.stat().st_size for p in mixed.iterdir())/1000:.1f}kB, read while") and str(split).startswith("9 sequences to validate, the first of those")
     assert corpus.report["fingerprint"] == D.stream_corpus(mixed, TOKENIZER)[0].report["fingerprint"] != D.stream_corpus(mixed, TOKENIZER, 20)[0].report["fingerprint"]
     with open(mixed/"0.jsonl", "a") as f: f.write("\n" + json.dumps(records(1)[0]))
     assert corpus.report["fingerprint"] != D.stream_corpus(mixed, TOKENIZER)[0].report["fingerprint"]
