@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, TINY, seqgpt
+from conftest import ROOT, TINY, VOCAB, seqgpt
 from test_crashes import write_scales
 
 SCALE = ROOT/"nbs/tutorials/scale"
@@ -136,13 +136,10 @@ def test_measuring_on_one_gpu(tmp_path, monkeypatch, capsys):
     assert [(r["model"], r["batch"], r["steps"]) for r in lines] == [("tiny", 1, 2), ("tiny", 2, 2), ("small", 1, 2), ("small", 2, 2)]
 
 
-def test_measured_model_is_that_of_seqgpt():
+def test_measured_model_is_that_of_seqgpt(monkeypatch):
     "measure.py does without seqgpt, so that it runs anywhere."
-    import sys
-    sys.path.insert(0, str(SCALE))
-    try: import measure
-    finally: sys.path.remove(str(SCALE))
-    from conftest import VOCAB
+    monkeypatch.syspath_prepend(SCALE)
+    import measure
 
     from seqgpt.model import make_config
     from seqgpt.tokenizer import make_tokenizer
