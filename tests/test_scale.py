@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import ROOT, TINY, seqgpt
+from conftest import ROOT, TINY, VOCAB, seqgpt
 from test_crashes import write_scales
 
 SCALE = ROOT/"nbs/tutorials/scale"
@@ -120,3 +120,28 @@ def test_fsdp():
     found = load_config_from_file(str(SCALE/"fsdp.yaml"))
     assert found.distributed_type == "FSDP" and found.num_processes == 8 and found.fsdp_config["fsdp_version"] == 2
     assert hasattr(modeling_gpt2, found.fsdp_config["fsdp_transformer_layer_cls_to_wrap"])
+
+
+def test_measuring_on_one_gpu(tmp_path, monkeypatch, capsys):
+    "Here on a CPU, with two small models; the page `on_paper` reads these lines."
+    monkeypatch.syspath_prepend(SCALE)
+    import measure
+    monkeypatch.setattr(measure, "BATCHES", (1, 2))
+    monkeypatch.setattr(measure, "STEPS", 2)
+    monkeypatch.setattr("sys.argv", ["measure.py", "--tiny", str(tmp_path/"out.json")])
+    measure.main()
+    assert capsys.readouterr().out == (tmp_path/"out.json").read_text()
+    head, *lines = map(json.loads, (tmp_path/"out.json").read_text().splitlines())
+    assert head["activation_function"] == "gelu_pytorch_tanh" and head["matrix_flops"] > 1e6
+    assert [(r["model"], r["batch"], r["steps"]) for r in lines] == [("tiny", 1, 2), ("tiny", 2, 2), ("small", 1, 2), ("small", 2, 2)]
+
+
+def test_measured_model_is_that_of_seqgpt(monkeypatch):
+    "measure.py does without seqgpt, so that it runs anywhere."
+    monkeypatch.syspath_prepend(SCALE)
+    import measure
+
+    from seqgpt.model import make_config
+    from seqgpt.tokenizer import make_tokenizer
+    ours, theirs = make_config(make_tokenizer(VOCAB, "test"), 64, 2, 2, 32).to_dict(), measure.build(measure.TINY["tiny"], len(VOCAB), 64).config.to_dict()
+    assert {k for k in ours if ours[k] != theirs.get(k)} <= {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "architectures"}

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 VOCAB, LENGTH = 32768, 1024
 SHAPES = {"10 M": dict(n_layer=8, n_head=3, n_embd=192), "100 M": dict(n_layer=16, n_head=10, n_embd=640), "1 B": dict(n_layer=24, n_head=14, n_embd=1792)}
+LIKE_SEQGPT = dict(attn_pdrop=0.0, activation_function="gelu_pytorch_tanh") # what make_config of seqgpt sets; the default is a GELU in many small operations, and dropout in attention
 TINY = {"tiny": dict(n_layer=2, n_head=2, n_embd=32), "small": dict(n_layer=4, n_head=2, n_embd=64)}
 BATCHES = 1, 4, 16, 64
 WARM_UP, STEPS, SECONDS = 3, 20, 6 # no measurement takes much longer than the last
@@ -23,9 +24,9 @@ def synchronize(device):
     if device == "cuda": torch.cuda.synchronize()
 
 
-def build(shape, vocab=VOCAB, length=LENGTH):
-    "A GPT-2 with random weights."
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=length, bos_token_id=1, eos_token_id=2, use_cache=False, **shape))
+def build(shape, vocab=VOCAB, length=LENGTH, **fields):
+    "A GPT-2 with random weights, as seqgpt makes it."
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=length, bos_token_id=1, eos_token_id=2, use_cache=False, **{**LIKE_SEQGPT, **shape, **fields}))
 
 
 def measure(model, batch, vocab, length, device):
@@ -74,7 +75,7 @@ def main():
     def write(**line):
         lines.append(json.dumps(line))
         print(lines[-1], flush=True)
-    write(device=torch.cuda.get_device_name() if device == "cuda" else "CPU", torch=torch.__version__, date=time.strftime("%Y-%m-%d"), matrix_flops=matrix_speed(device, 256 if options.tiny else 8192))
+    write(device=torch.cuda.get_device_name() if device == "cuda" else "CPU", torch=torch.__version__, date=time.strftime("%Y-%m-%d"), matrix_flops=matrix_speed(device, 256 if options.tiny else 8192), **LIKE_SEQGPT)
     for name, shape in shapes.items():
         for batch in BATCHES:
             model = build(shape, vocab, length).to(device).train()
