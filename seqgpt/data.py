@@ -535,7 +535,8 @@ def follow(
 ):
     "Goes where the process is that started this one, and ends when it has ended, even if it was killed."
     os.chdir(cwd)
-    def watch(parent=os.getppid()):
+    parent = os.getppid()
+    def watch():
         while os.getppid() == parent: time.sleep(0.5)
         os._exit(1)
     if all(t.name != "follow" for t in threading.enumerate()): threading.Thread(target=watch, name="follow", daemon=True).start()
