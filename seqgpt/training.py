@@ -903,7 +903,9 @@ def resume_command(
     processes: int = 1, # That train together
 ) -> str: # To be typed in a shell
     "How to go on with a run."
-    start = "seqgpt" if processes == 1 else f"torchrun --nproc_per_node {processes} -m seqgpt.cli"
+    here, shared = int(os.environ.get("LOCAL_WORLD_SIZE", processes)), os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    machines = f"--nnodes {processes // here} " if here < processes else ""
+    start = "accelerate launch ... -m seqgpt.cli" if shared else "seqgpt" if processes == 1 else f"torchrun {machines}--nproc_per_node {min(here, processes)} -m seqgpt.cli"
     return f"{start} train --config {shlex.quote(str(output_dir/'config.yaml'))} --resume"
 
 # %% ../nbs/04_training.ipynb #b2c05b72
@@ -1073,6 +1075,7 @@ def train(
             model, args, train_dataset=split.train, eval_dataset=choose(split.validation, by_length), processing_class=tokenizer, **parts,
             half=args.use_cpu and pick_precision(config.precision) == "bf16", optimizers=(Muon(model, config.learning_rate, config.weight_decay) if config.optimizer == "muon" else None, None),
             callbacks=[StopWhenDiverged(), KeepBest(out, tokenizer, config), stop, *callbacks])
+        if first and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled: tqdm.write("Accelerate shares a model out on GPUs only: here each process has all of it.")
         if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
         if done: trainer.state = read_checkpoint(checkpoint); trainer._load_from_checkpoint(checkpoint)
         else: run_trainer(trainer, checkpoint, out)

@@ -17,7 +17,7 @@ SHAPES = {"10 M": dict(n_layer=8, n_head=3, n_embd=192), "100 M": dict(n_layer=1
 LIKE_SEQGPT = dict(attn_pdrop=0.0, activation_function="gelu_pytorch_tanh") # what make_config of seqgpt sets; the default is a GELU in many small operations, and dropout in attention
 TINY = {"tiny": dict(n_layer=2, n_head=2, n_embd=32), "small": dict(n_layer=4, n_head=2, n_embd=64)}
 BATCHES = 1, 4, 16, 64
-WARM_UP, STEPS, SECONDS = 3, 20, 6 # no measurement takes much longer than the last
+WARM_UP, STEPS, SECONDS = 3, 20, 4 # no measurement takes much longer than the last
 
 
 def synchronize(device):
@@ -78,7 +78,7 @@ def main():
     write(device=torch.cuda.get_device_name() if device == "cuda" else "CPU", torch=torch.__version__, date=time.strftime("%Y-%m-%d"), matrix_flops=matrix_speed(device, 256 if options.tiny else 8192), **LIKE_SEQGPT)
     for name, shape in shapes.items():
         for batch in BATCHES:
-            model = build(shape, vocab, length).to(device).train()
+            with torch.device(device): model = build(shape, vocab, length).train()
             parameters = sum(p.numel() for p in model.parameters())
             try: steps, seconds, memory = measure(model, batch, vocab, length, device)
             except torch.cuda.OutOfMemoryError:
