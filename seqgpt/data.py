@@ -517,7 +517,7 @@ def encode_piece(
     progress=lambda n_bytes: None, # As for `read_span`
 ) -> tuple[int, str, dict]: # The number, the key, and the account
     "Encodes a piece to KEY.arrow and KEY.json in `cache`, unless they are there."
-    if os.getpid() != chief[0]: follow(chief[1])
+    if os.getpid() != chief[0]: follow(*chief)
     key = piece_key(spans, settings)
     arrow, account = cache/f"{key}.arrow", cache/f"{key}.json"
     encoded = lambda: arrow.exists() and account.exists()
@@ -531,13 +531,13 @@ def encode_piece(
     return number, key, read_json(account, "Delete it: it is made anew.")
 
 def follow(
-    cwd: str, # Folder of the process that started this one
+    pid: int, # Of the process that started this one, which may have ended already
+    cwd: str, # Its folder
 ):
     "Goes where the process is that started this one, and ends when it has ended, even if it was killed."
     os.chdir(cwd)
-    parent = os.getppid()
     def watch():
-        while os.getppid() == parent: time.sleep(0.5)
+        while os.getppid() == pid: time.sleep(0.5)
         os._exit(1)
     if all(t.name != "follow" for t in threading.enumerate()): threading.Thread(target=watch, name="follow", daemon=True).start()
 
