@@ -19,7 +19,7 @@ from accelerate import DistributedType
 
 import seqgpt.bench # noqa: F401 so that no run has to import anything
 import seqgpt.classification # noqa: F401
-from seqgpt import training
+from seqgpt import cli, training
 from seqgpt.cli import main
 from seqgpt.training import StopOnSignal
 
@@ -55,6 +55,7 @@ def child(job, rank, write):
     "Runs the command; writes its output, unless it is killed."
     if "port" in job: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))
     if job.get("fsdp"): share_out()
+    if job.get("bare"): cli.show_run = lambda config, run: None
     answer, out, err = {"events": 0}, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         send_when_it_is_time(job, rank, answer)

@@ -1,6 +1,7 @@
 "Several processes (gloo, on the processor) do what one process does: the same steps, the same totals, whole or shared out, in any division."
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,8 @@ def place(tmp_path_factory):
     dice = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 20, (94,), generator=dice).tolist()
     write_lines(folder, [{"tokens": [NOTES[(k + j*(1 + k % 2)) % 5] for j in range(n)], "label": k % 2} for k, n in enumerate(lengths)])
-    with runner(folder) as ask:
+    with runner(folder) as runs:
+        ask = partial(runs, bare=True)
         for name, (args, job) in DIVISIONS.items():
             answers = ask(*RUN, *args, "--output_dir", name, **job)
             assert all(a["code"] == 0 for a in answers), (name, answers)

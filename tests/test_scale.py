@@ -4,8 +4,11 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, TINY, VOCAB, seqgpt
 from test_crashes import write_scales
@@ -17,7 +20,7 @@ WEIGHTS = "final_model/model.safetensors"
 
 def start(folder, *command, **env):
     "A recipe in `folder`, with this Python and these sources."
-    path = os.pathsep.join(map(str, [*env.pop("bin", []), os.environ["PATH"]]))
+    path = os.pathsep.join(map(str, [*env.pop("bin", []), Path(sys.executable).parent, os.environ["PATH"]]))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20", "PATH": path, **env}
     return subprocess.Popen([*map(str, command)], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -42,8 +45,7 @@ def wait_until(there, process):
 
 def child(pid):
     "The only child process of a shell that is no `sleep`."
-    found = [int(p) for p in subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid), "--no-headers"], capture_output=True, text=True).stdout.split()]
-    return next(p for p in found if "seqgpt" in open(f"/proc/{p}/cmdline").read())
+    return next(p.pid for p in psutil.Process(pid).children() if "seqgpt" in " ".join(p.cmdline()))
 
 
 def free_port():
