@@ -37,6 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import xxhash
 from datasets import Dataset, concatenate_datasets
 from datasets.table import InMemoryTable
 from filelock import FileLock, Timeout
@@ -711,8 +712,9 @@ def choose(
     "What `dataset.select(rows)` gives; that would make a list of Python's numbers, which takes gigabytes for twenty million."
     if len(rows) == 0: return dataset.select(rows)
     if dataset._indices is not None: rows = dataset._indices.column(0).to_numpy()[rows]
-    name = hashlib.blake2b(rows, digest_size=8, key=dataset._fingerprint.encode()).hexdigest()
-    return Dataset(dataset.data, dataset.info, dataset.split, InMemoryTable(pa.table({"indices": pa.array(rows.view(np.uint64))})), name)
+    name = xxhash.xxh3_64(dataset._fingerprint.encode())
+    name.update(rows)
+    return Dataset(dataset.data, dataset.info, dataset.split, InMemoryTable(pa.table({"indices": pa.array(rows.view(np.uint64))})), name.hexdigest())
 
 # %% ../nbs/01_data.ipynb #c782f982
 def set_aside(

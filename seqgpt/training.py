@@ -645,7 +645,7 @@ tags: [gpt2, seqgpt]
 # A GPT-2 of {count_parameters(model)["all"]:,} parameters{what}, trained {f"from `{config.init_from}`" if config.init_from else "from scratch"}
 
 {c.n_layer} layers, {c.n_head} heads, {c.n_embd} dimensions; {c.vocab_size} symbols, up to {c.n_positions} positions. Trained with seqgpt
-on `{config.data_path}`, validated on {f"`{config.validation_path}`" if config.validation_path else f"{config.validation_fraction:.0%} of it"}. All settings are in `config.yaml`.
+on `{config.data_path}`, validated on {f"`{config.validation_path}`" if config.validation_path else f"{config.validation_fraction:.0%} of it" + ", as far as they were read beforehand"*config.streaming}. All settings are in `config.yaml`.
 
 | on the validation set | |
 |---|---|
@@ -882,12 +882,12 @@ def same_steps(
     if not config.resume or not (out/"split.json").exists() or not checkpoints_in(out/"checkpoints"): return config
     before, were = read_config(out/"config.yaml"), read_json(out/"split.json", most=2**33).get("processes")
     if not isinstance(were, int): return config
-    whole, at_once = before.batch_size*before.gradient_accumulation_steps*were, config.batch_size*processes
-    parts, rest = divmod(whole, at_once)
-    if rest: raise InputError(f"{out}: cannot go on, because a step of the interrupted run saw {whole} sequences, and batches of {config.batch_size} in {processes} process{'es'*(processes > 1)} do not add up to that.\n"
-                              f"Choose {f'a --batch_size that divides {whole // processes}' if whole % processes == 0 else f'a number of processes that divides {whole}'}.")
+    step = before.batch_size*before.gradient_accumulation_steps*were # in sequences
+    parts, rest = divmod(step, config.batch_size*processes)
+    if rest: raise InputError(f"{out}: cannot go on, because a step of the interrupted run saw {step} sequences, and batches of {config.batch_size} in {processes} process{'es'*(processes > 1)} do not add up to that.\n"
+                              f"Choose {f'a --batch_size that divides {step // processes}' if step % processes == 0 else f'a number of processes that divides {step}'}.")
     if parts != config.gradient_accumulation_steps and int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(f"Each step shall see {whole} sequences, as before: {parts} batch{'es'*(parts > 1)} of {config.batch_size} in {processes} process{'es'*(processes > 1)} (--gradient_accumulation_steps {parts}).")
+        tqdm.write(f"Each step shall see {step} sequences, as before: {parts} batch{'es'*(parts > 1)} of {config.batch_size} in {processes} process{'es'*(processes > 1)} (--gradient_accumulation_steps {parts}).")
     return replace(config, gradient_accumulation_steps=parts)
 
 def run_identity(
@@ -926,8 +926,8 @@ def begin_run(
     if config.overwrite:
         for name in ("checkpoints", "final_model", "best_model", "runs", "training_curves.png", "samples.png", "samples.jsonl"): remove(out/name)
     write_config(config, out/"config.yaml")
-    rule = {"split": "content", "validation_fraction": config.validation_fraction, "seed": config.seed} # says it in less than a list of millions
-    indices = {"train": split.train_index.tolist(), "validation": split.validation_index.tolist()} if config.split == "sample" and not config.streaming else rule
+    rule = {"validation_path": config.validation_path} if config.validation_path else {"split": "content", "validation_fraction": config.validation_fraction, "seed": config.seed}
+    indices = {"train": split.train_index.tolist(), "validation": split.validation_index.tolist()} if config.split == "sample" and not config.streaming else rule # a list of millions would say no more
     with written_whole(out/"split.json") as part: part.write_text(json.dumps(identity | indices))
 
 # %% ../nbs/04_training.ipynb #274099e2
