@@ -300,6 +300,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'seqgpt.evaluation.seen_pairs': ('evaluation.html#seen_pairs', 'seqgpt/evaluation.py'),
                                    'seqgpt.evaluation.share_invalid': ('evaluation.html#share_invalid', 'seqgpt/evaluation.py'),
                                    'seqgpt.evaluation.source_scores': ('evaluation.html#source_scores', 'seqgpt/evaluation.py'),
+                                   'seqgpt.evaluation.to_compare': ('evaluation.html#to_compare', 'seqgpt/evaluation.py'),
                                    'seqgpt.evaluation.token_scores': ('evaluation.html#token_scores', 'seqgpt/evaluation.py'),
                                    'seqgpt.evaluation.training_split': ('evaluation.html#training_split', 'seqgpt/evaluation.py'),
                                    'seqgpt.evaluation.write_evaluation': ('evaluation.html#write_evaluation', 'seqgpt/evaluation.py')},

@@ -8,7 +8,7 @@ __all__ = ['perplexity_of', 'accuracy_of', 'BINS', 'short_name', 'token_scores',
            'share_invalid', 'nearest_distances', 'compare_endings', 'Drawn', 'evaluate_samples', 'Evaluation',
            'evaluate', 'plot_comparison', 'plot_positions', 'name_ticks', 'plot_labels', 'plot_calibration',
            'plot_distances', 'plot_drawn', 'plot_evaluation', 'training_split', 'evaluate_folder', 'evaluation_data',
-           'write_evaluation']
+           'to_compare', 'write_evaluation']
 
 # %% ../nbs/06_evaluation.ipynb #72e9c39c
 import json
@@ -503,7 +503,6 @@ def training_split(
     except InputError as e: raise InputError(f"{e}\nThat is what the model was trained on; name other sequences with --data_path (evaluate) or --prompt_file (infer).") from e
     if written.exists() and read_json(written, most=2**33).get("fingerprint") != corpus.report["fingerprint"]:
         raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same.\nName other sequences with --data_path (evaluate) or --prompt_file (infer).")
-    if config.streaming: split = replace(split, train=split.train.first(20_000)) # all would take as long as the training
     return split
 
 # %% ../nbs/06_evaluation.ipynb #83184521
@@ -542,11 +541,21 @@ def evaluation_data(
     else:
         other = read_corpus(data_path, tokenizer, max_length, skip_bad_lines=skip_bad_lines, classes=classes, cache_dir=cache_dir)
         tqdm.write(str(other))
-        if split and (known := given_split(split.train, other.dataset).shared): tqdm.write(f"{known:,} of them stand in the training set.")
+        if split and isinstance(split.train, Dataset) and (known := given_split(split.train, other.dataset).shared): tqdm.write(f"{known:,} of them stand in the training set.")
         dataset, path = other.dataset, data_path
     try: source = load_source(path)
     except InputError as e: source = tqdm.write(str(e)) # a damaged source costs the floor, not the evaluation
-    return dataset, split and split.train, source
+    return dataset, split and to_compare(split.train), source
+
+def to_compare(
+    train, # A `Dataset` or a `Stream`, of a `Split`
+    most: int = 100_000, # Sequences; all of a large corpus would take as long as the training
+) -> Dataset:
+    "The first sequences of the training, for baselines and to tell what is new; says so where it is not all."
+    if isinstance(train, Dataset) and len(train) <= most: return train
+    some = train.select(range(most)) if isinstance(train, Dataset) else train.first(most // 5) # which must be decoded first
+    tqdm.write(f"Compared with the first {len(some):,} sequences of the training.")
+    return some
 
 def write_evaluation(
     evaluation, # An `Evaluation`, or one of a classifier

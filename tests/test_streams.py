@@ -34,7 +34,8 @@ def place(tmp_path_factory):
         (folder/"vocab.json").replace(folder/"shards/vocab.json")
     with runner(folder) as runs:
         ask = partial(runs, bare=True)
-        assert all(a["code"] == 0 for a in (*ask(*RUN), *runs(*RUN, "--output_dir", "shown")))
+        done, shown = *ask(*RUN), *runs(*RUN, "--output_dir", "shown")
+        assert done["code"] == shown["code"] == 0 and "Compared with the first" in shown["out"], (done, shown)
         yield folder, ask, left(folder/"outputs")
 
 
