@@ -104,7 +104,7 @@ def corpus_markov(
 
 def corpus_labelled(
     out_dir: str, # Folder to write `vocab.json` and `sequences.jsonl` to
-    data_path: str, # Sequences with labels: JSON Lines file, plain or gzip, or a folder of them
+    data_path: str, # Sequences with labels: a file in JSON Lines, plain or gzip, or in Parquet; or a folder of them
     vocab_path: str | None = None, # Default: vocab.json beside the data
     unlabelled_share: float = 0.1, # Share of the sequences that get no label, so that the model also knows how these go, which infer --guidance needs
     seed: int = 0, # Of the choice of these
@@ -257,7 +257,7 @@ def open_model(
 
 # %% ../nbs/10_cli.ipynb #153a034c
 def read_sequences(
-    path: str | Path | None, # JSON Lines file, plain or gzip, or a folder of them; None: the validation set of the model
+    path: str | Path | None, # A file in JSON Lines, plain or gzip, or in Parquet; or a folder of them; None: the validation set of the model
     model_path: str | Path, # Folder of a trained model
     tokenizer, # Its tokenizer
     most: int | None = None, # How many to take, from the beginning; None: all

@@ -65,7 +65,7 @@ from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer
 @dataclass
 class Config:
     "What a training run depends on; the defaults are those of the project."
-    data_path: str | None = None # JSON Lines file, plain or gzip, or a folder of them; nothing means the data of init_from, or (on the command line) the built-in digits
+    data_path: str | None = None # A file in JSON Lines, plain or gzip, or in Parquet, or a folder of them; nothing means the data of init_from, or (on the command line) the built-in digits
     task: str = "clm" # clm: predict the next token (causal language model); classification: predict the label from the last token
     init_from: str | None = None # Folder of a trained model to start from, such as outputs/best_model; default: random weights. The head of a classifier always starts from random weights
     new_symbols: str = "normal" # With init_from: how symbols begin that it does not know: normal, drawn as those are distributed that it knows; mean of these; random
