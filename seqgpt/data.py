@@ -551,12 +551,12 @@ def encode_files(
 ) -> tuple[list[str], dict]: # Keys of the pieces with sequences in them, and the account of all
     "Encodes what is not encoded yet, with all cores; see `encode_piece`."
     pieces = cut_files(files, PIECE)
-    helpers, accounts = min(len(pieces), cpu_count()), {}
+    helpers, accounts = min(len(pieces), cpu_count()) if len(pieces) > 4 else 1, {} # to start them takes as long as a few pieces
     try:
         with tqdm(total=sum(span.size for piece in pieces for span in piece), unit="B", unit_scale=True, desc="Encoding", delay=2, leave=False) as bar:
             own = {"progress": bar.update} if helpers < 2 else {}
             work = (delayed(encode_piece)(k, piece, coding, settings, cache, (os.getpid(), os.getcwd()), **own) for k, piece in enumerate(pieces))
-            for k, key, account in Parallel(max(1, helpers), return_as="generator_unordered", batch_size=1)(work):
+            for k, key, account in Parallel(helpers, return_as="generator_unordered", batch_size=1)(work):
                 accounts[k] = key, account
                 if not own: bar.update(sum(span.size for span in pieces[k]))
     finally:
