@@ -457,7 +457,7 @@ VERBS = {"corpus digits": "write handwritten digits: seqgpt corpus digits --out_
 def usage() -> str:
     "What `seqgpt --help` shows."
     return "\n".join(["usage: seqgpt VERB [--flag value ...]", "", "Train a small GPT from scratch on sequences of any discrete tokens.", "",
-                      *(f"  {verb:15}{what}" for verb, what in VERBS.items()), "", "seqgpt VERB --help lists the flags of a verb."])
+                      *(f"  {verb:17}{what}" for verb, what in VERBS.items()), "", "seqgpt VERB --help lists the flags of a verb."])
 
 # %% ../nbs/10_cli.ipynb #8f944978
 def preset(

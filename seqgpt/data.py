@@ -155,7 +155,7 @@ def whole(
 ) -> Span: # All of it
     "What kind of file `path` is, told by its first bytes, and how large."
     with open(path, "rb") as f: head = f.read(4)
-    kind, size = "gzip" if head[:2] == b"\x1f\x8b" else "parquet" if head == b"PAR1" else "lines", path.stat().st_size
+    kind, size = "gzip" if head[:2] == b"\x1f\x8b" else "parquet" if head == b"PAR1" or path.suffix == ".parquet" else "lines", path.stat().st_size
     if kind != "parquet": return Span(path, kind, 0, size, size)
     with open_parquet(path) as file: return Span(path, kind, 0, file.metadata.num_row_groups, size)
 
@@ -637,7 +637,7 @@ class Split:
     shared: int # Sequences of the validation set that also stand in the training set
 
     def __str__(self):
-        if self.train_index is None: return f"{len(self.validation_index):,} sequences to validate, the first of those that are set aside by content; what is not set aside, to train; no sequence stands on both sides."
+        if self.train_index is None: return f"{len(self.validation_index):,} sequences to validate; what is not set aside, to train; no sequence stands on both sides."
         shared = f"{self.shared:,} validation sequences also stand in the training set" if self.shared else "no sequence stands on both sides"
         return f"{len(self.train_index):,} sequences to train, {len(self.validation_index):,} to validate; {shared}."
     __repr__ = __str__
@@ -844,11 +844,12 @@ class Stream(torch.utils.data.IterableDataset):
         coding: Coding,
         fraction: float, # As for `set_aside`; what is set aside is left out
         seed: int = 42, # Of the order, and of what is set aside
-        skip_bad_lines: bool = False, # Go on without them; the first is said
+        skip_bad_lines: bool = False, # Go on without them, and say how many
         part: int = 2**20, # Bytes that are read in one go
     ):
         self.spans = [span for piece in cut_files(files, part) for span in piece]
         self.coding, self.fraction, self.seed, self.skip_bad_lines = coding, fraction, seed, skip_bad_lines
+        self.without, self.left_out = np.empty(0, np.int64), 0 # digests of sequences that are kept for validation besides; bad lines that were met
         self.process, self.processes, self.batch_size, self.pool = 0, 1, 16, 100 # whoever trains sets these; `pool` as for `ByLength`
 
     def rows(self, order, process=0, processes=1):
@@ -859,13 +860,15 @@ class Stream(torch.utils.data.IterableDataset):
                     if line == b"": continue
                     try: yield from encode_line(line, self.coding, Counter())
                     except BadLine as e: self.bad_line(self.spans[k], number, e)
-        for some in batched(lines(), 1000): yield from zip(some, set_aside(np.array([row[3] for row in some]), self.fraction, self.seed).tolist())
+        for some in batched(lines(), 1000):
+            digests = np.array([row[3] for row in some])
+            yield from zip(some, (set_aside(digests, self.fraction, self.seed) | among(digests, self.without)).tolist())
 
     def bad_line(self, span, number, problem):
         where = f"{span.path}, line {lines_before(span) + number}: {problem.kind}" + (f" ({problem.detail})" if problem.detail else "")
         if not self.skip_bad_lines: raise InputError(f"{where}. Mend it, or go on without such lines with --skip_bad_lines.")
-        if not getattr(self, "said", False): tqdm.write(f"{where}. It is left out, and so are others that cannot be used.")
-        self.said = True
+        self.left_out += 1
+        if math.log10(self.left_out).is_integer(): tqdm.write(f"{where}. It is left out, with {self.left_out - 1:,} others so far.") # the 1st, 10th, 100th, ...
 
     def first(self, n):
         "The first rows to train on, in the order of the files, as a `Dataset`."

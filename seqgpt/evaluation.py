@@ -502,6 +502,9 @@ def training_split(
         corpus, split = load_data(config, tokenizer)
     except InputError as e: raise InputError(f"{e}\nThat is what the model was trained on; name other sequences with --data_path (evaluate) or --prompt_file (infer).") from e
     if written.exists() and read_json(written, most=2**33).get("fingerprint") != corpus.report["fingerprint"]:
+        if (config.split == "content" or config.streaming) and not config.validation_path:
+            tqdm.write(f"{config.data_path}: has changed since the training; each sequence is on the side where it was, and what is new on its own.")
+            return split
         raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same.\nName other sequences with --data_path (evaluate) or --prompt_file (infer).")
     return split
 

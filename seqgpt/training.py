@@ -802,6 +802,7 @@ def load_data(
     if not config.validation_path: return corpus, split if config.streaming else split_corpus(corpus.dataset, config.validation_fraction, config.seed, config.split)
     other = read(config.validation_path, class_names(corpus.dataset.unique("label")) if config.task == "classification" else None)
     corpus.report["fingerprint"] += f", {other.report['fingerprint']}"
+    if config.streaming: split.train.without = column(other.dataset, "digest")
     return corpus, replace(split, validation=other.dataset, validation_index=np.flatnonzero(column(other.dataset, "begins"))) if config.streaming else given_split(corpus.dataset, other.dataset)
 
 # %% ../nbs/04_training.ipynb #327baffb
@@ -1108,5 +1109,7 @@ def run_trainer(
         try: trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except InputError as e: # of a stream: the other processes know nothing of it
             e.here = True
-            raise
+            if trainer.args.world_size > 1 or not trainer.state.global_step: raise
+            trainer._save_checkpoint(trainer.model, None)
+            raise InputError(f"{e}\nAll is saved. Go on with: {resume_command(out)}, and --skip_bad_lines.") from None
         except KeyboardInterrupt: raise Interrupted(f"Stopped at once. Go on from the newest checkpoint with: {resume_command(out, trainer.args.world_size)}") from None

@@ -8,6 +8,8 @@ import torch
 from conftest import NOTES, TINY, write_lines
 from test_crashes import history, runner
 
+from seqgpt.training import Config, load_data, load_vocab
+
 RUN = ["train", *TINY, "--data_path", "shards", "--cache_dir", "cache", "--streaming", "--max_length", 12, "--max_steps", 10, "--eval_steps", 4, "--logging_steps", 3, "--validation_fraction", 0.3, "--batch_size", 4,
        "--gradient_accumulation_steps", 2]
 
@@ -101,3 +103,25 @@ def test_the_data_of_a_stream_must_be_the_same(fresh):
     with open(folder/"more/2.jsonl", "a") as f: f.write(json.dumps({"tokens": list(NOTES)}) + "\n")
     refused, = ask(*RUN, "--data_path", "more", "--resume")
     assert refused["code"] == 2 and "the data" in refused["err"], refused
+
+
+def test_a_bad_line_behind_many_steps_loses_none_of_them(fresh):
+    folder, ask, _ = fresh
+    shutil.copytree(folder/"shards", folder/"late", dirs_exist_ok=True)
+    with open(folder/"late/2.jsonl", "a") as f: f.writelines(json.dumps({"tokens": [NOTES[k % 5]]*5}) + "\n" for k in range(3000))
+    with open(folder/"late/2.jsonl", "a") as f: f.write("{\n")
+    run = [*RUN, "--data_path", "late", "--validation_path", "shards/0.jsonl", "--max_steps", 400, "--eval_steps", 400]
+    refused, = ask(*run)
+    assert refused["code"] == 2 and "2.jsonl, line 3031" in refused["err"] and "All is saved. Go on with: seqgpt train --config outputs/config.yaml --resume, and --skip_bad_lines" in refused["err"], refused
+    went_on, = ask("train", "--config", "outputs/config.yaml", "--resume", "--skip_bad_lines")
+    assert went_on["code"] == 0 and "Going on from" in went_on["out"] and "It is left out, with 0 others so far" in went_on["out"], went_on
+
+
+def test_what_is_validated_on_is_not_trained_on(fresh):
+    folder, ask, _ = fresh
+    write_lines(folder, [json.loads(line) for line in (folder/"shards/0.jsonl").read_text().splitlines()])
+    config = Config(str(folder/"shards"), vocab_path=str(folder/"shards/vocab.json"), validation_path=str(folder/"data.jsonl"), streaming=True, max_steps=1, max_length=12, cache_dir=str(folder/"cache"))
+    _, split = load_data(config, load_vocab(config))
+    kept = {tuple(ids) for ids in split.validation["input_ids"]}
+    trained = {tuple(ids) for ids in split.train.first(1000)["input_ids"]}
+    assert kept and trained and not kept & trained
