@@ -194,7 +194,7 @@ class QuickTrainer(Trainer):
         if isinstance(rows, Stream):
             self.sampler, rows.process, rows.processes, rows.batch_size = None, self.args.process_index, self.args.world_size, size*self.args.gradient_accumulation_steps
             return DataLoader(rows, size, collate_fn=self.data_collator, num_workers=int(not self.args.use_cpu), pin_memory=self.args.dataloader_pin_memory)
-        return self._get_dataloader(Filled(rows, self.processing_class.bos_token_id), "Training", size, self._get_train_sampler, is_training=True)
+        return self._get_dataloader(Filled(rows, self.model.config.bos_token_id), "Training", size, self._get_train_sampler, is_training=True)
 
     def _get_train_sampler(self, train_dataset=None):
         at_once = self.args.train_batch_size*self.args.world_size

@@ -53,7 +53,7 @@ def share_out():
 
 def child(job, rank, write):
     "Runs the command; writes its output, unless it is killed."
-    if "port" in job: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))
+    if "port" in job: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), LOCAL_WORLD_SIZE=str(job["processes"]), MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))
     if job.get("fsdp"): share_out()
     if job.get("bare"): cli.show_run = lambda config, run: None
     answer, out, err = {"events": 0}, io.StringIO(), io.StringIO()
