@@ -603,6 +603,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'seqgpt.training.shared_like': ('training.html#shared_like', 'seqgpt/training.py'),
                                  'seqgpt.training.start_from': ('training.html#start_from', 'seqgpt/training.py'),
                                  'seqgpt.training.task_parts': ('training.html#task_parts', 'seqgpt/training.py'),
+                                 'seqgpt.training.to_be_shared_out': ('training.html#to_be_shared_out', 'seqgpt/training.py'),
                                  'seqgpt.training.token_metrics': ('training.html#token_metrics', 'seqgpt/training.py'),
                                  'seqgpt.training.token_sums': ('training.html#token_sums', 'seqgpt/training.py'),
                                  'seqgpt.training.train': ('training.html#train', 'seqgpt/training.py'),
