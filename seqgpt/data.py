@@ -273,14 +273,10 @@ LONG = ("truncate", "split", "error")
 
 # %% ../nbs/01_data.ipynb #d8a43a33
 def fingerprint(
-    files: list[Path], # The data
-    *settings, # Anything else that the result depends on
+    *all_of_it, # What a result depends on; as it is written in Python
 ) -> str: # 16 hexadecimal digits
-    "A digest of the content of `files` and of `settings`."
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
-    for path in files:
-        with open(path, "rb") as f: digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()
+    "A digest of `all_of_it`."
+    return hashlib.blake2b(repr(all_of_it).encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/01_data.ipynb #aaaffc01
 @dataclass
@@ -575,7 +571,7 @@ def encode_files(
                 problems.first[kind].append((f"line {number}" if len(files) == 1 else f"{repr(path.name)[1:-1]}:{number}", detail))
         for span, n in zip(piece, account["ends"]): before[span.path] += n
     report = {**total, "max_length": coding.max_length, "long": coding.long, "classes": coding.classes, "problems": str(problems), "skipped": problems.counts.total(),
-              "fingerprint": fingerprint([], settings, [accounts[k][0] for k in range(len(pieces))])}
+              "fingerprint": fingerprint(settings, [accounts[k][0] for k in range(len(pieces))])}
     return [accounts[k][0] for k in range(len(pieces)) if accounts[k][1]["counts"].get("sequences")], report
 
 # %% ../nbs/01_data.ipynb #dbc1d141
@@ -592,7 +588,7 @@ def read_corpus(
     files, coding, settings = corpus_files(data_path), *make_coding(tokenizer, max_length, long, classes)
     cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE)/"seqgpt")
     now, looks = time.time_ns(), [(p.name, os.path.realpath(p), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in files for s in [p.stat()]]
-    seen = fingerprint([], settings, looks)
+    seen = fingerprint(settings, looks)
     def noted():
         if not (cache/f"{seen}.json").exists(): return None
         note = read_json(cache/f"{seen}.json", "Delete it: it is made anew.")
@@ -624,7 +620,7 @@ def make_coding(
     if max_length < 2: raise InputError(f"max_length is {max_length}. A sequence has at least 2 tokens.")
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     coding = Coding(tokenizer.get_vocab(), **special, max_length=max_length, long=long, classes=classes)
-    return coding, fingerprint([], 4, [sorted(v.items()) if isinstance(v, dict) else v for v in asdict(coding).values()])
+    return coding, fingerprint(4, [sorted(v.items()) if isinstance(v, dict) else v for v in asdict(coding).values()])
 
 # %% ../nbs/01_data.ipynb #6ba691f6
 @dataclass
@@ -926,7 +922,7 @@ def stream_corpus(
     if fraction and not held: raise InputError(f"{data_path}: no sequence in it would be set aside to validate on, with {fraction:.0%} of all possible sequences. Bring more, or change --validation_fraction.")
     sizes = [(p.name, p.stat().st_size) for p in files]
     report = {"files": len(files), "bytes": sum(size for _, size in sizes), "max_length": max_length, "long": long, "classes": classes,
-              "fingerprint": fingerprint([], settings, sizes)} # names and sizes must do: to know the content, all would have to be read
+              "fingerprint": fingerprint(settings, sizes)} # names and sizes must do: to know the content, all would have to be read
     return Corpus(stream, report), Split(stream, Dataset(pa.Table.from_batches([as_batch(held, coding.dtype)])), None, np.arange(n), 0)
 
 # %% ../nbs/01_data.ipynb #26bc6a8b

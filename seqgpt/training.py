@@ -901,7 +901,7 @@ def run_identity(
     args: TrainingArguments,
 ) -> dict[str, str | int]:
     "What a run cannot change on its way, beside its configuration."
-    return {"fingerprint": corpus.report["fingerprint"], "vocabulary": fingerprint([], sorted(tokenizer.get_vocab().items())), "processes": args.world_size}
+    return {"fingerprint": corpus.report["fingerprint"], "vocabulary": fingerprint(sorted(tokenizer.get_vocab().items())), "processes": args.world_size}
 
 def resume_command(
     output_dir: Path, # Of an interrupted run
