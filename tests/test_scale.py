@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, VOCAB, seqgpt
 from test_crashes import write_scales
 
 SCALE = ROOT/"nbs/tutorials/scale"
-TRAIN = ["--data_path", "data.jsonl", "--max_length", "12", "--logging_steps", "5", "--eval_steps", "20", *TINY, "--batch_size", "8", "--max_steps", "60"]
+TRAIN = ["--data_path", "data.jsonl", "--max_length", "12", "--logging_steps", "20", "--eval_steps", "40", *TINY, "--batch_size", "8", "--max_steps", "200"] # long enough to be stopped in the middle
 WEIGHTS = "final_model/model.safetensors"
 
 
