@@ -162,7 +162,7 @@ ENCODE = """
 import sys, seqgpt.data as D
 from seqgpt.tokenizer import make_tokenizer
 if __name__ == "__main__":
-    D.PIECE = 20_000
+    D.PIECE = 2_000 # hundreds of pieces: time to be stopped in the middle
     D.cpu_count = lambda: 2
     print("ready", flush=True)
     print(D.read_corpus(sys.argv[1], make_tokenizer(sys.argv[2]), cache_dir=sys.argv[3]), flush=True)
@@ -205,20 +205,20 @@ def test_stopped_in_the_middle_it_goes_on_and_leaves_no_helpers(how, read, tmp_p
     assert process.returncode and "sequences" not in out and len(done) >= 3
     assert all_gone(process.pid), "helpers are left"
     done = keys(cache)
-    assert len(done) < len(D.cut_files([path], 20_000))
+    assert len(done) < len(D.cut_files([path], 2_000))
     process = encode(tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "20,000 sequences" in out, err
-    assert done.items() <= keys(cache).items() and len(keys(cache)) == len(D.cut_files([path], 20_000)) and not [*cache.glob(".*.part")]
+    assert done.items() <= keys(cache).items() and len(keys(cache)) == len(D.cut_files([path], 2_000)) and not [*cache.glob(".*.part")]
     assert all_gone(process.pid)
-    same(read(path, cache=tmp_path/"other"), read(path, 20_000, cache))
+    same(read(path, cache=tmp_path/"other"), read(path, 2_000, cache))
 
 
 def test_helpers_report_what_is_broken(tmp_path):
     (tmp_path/"a").mkdir()
     for k in range(4): write(tmp_path/f"a/{k}.jsonl", "lines", records(400))
     (tmp_path/"a/9.jsonl.gz").write_bytes(gzip.compress(text := b"\n".join(json.dumps(r).encode() for r in records(2000)))[:-9])
-    assert len(text) > 20_000
+    assert len(text) > 2_000
     process = encode(tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode and err.strip().splitlines()[-1].startswith("seqgpt.tokenizer.InputError: a/9.jsonl.gz, after line") and "Is it complete?" in err
