@@ -533,6 +533,7 @@ def follow(
 ):
     "Goes where the process is that started this one, and ends when it has ended, even if it was killed."
     os.chdir(cwd)
+    tqdm.set_lock(threading.RLock()) # instead of one among processes, which would be left behind when this one is ended
     def watch():
         while os.getppid() == pid: time.sleep(0.5)
         os._exit(1)
