@@ -159,9 +159,10 @@ def test_a_note_is_believed_only_of_files_left_alone(read, tmp_path, monkeypatch
 
 
 ENCODE = """
-import sys, seqgpt.data as D
+import signal, sys, seqgpt.data as D
 from seqgpt.tokenizer import make_tokenizer
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests run in the background
     D.PIECE = 2_000 # hundreds of pieces: time to be stopped in the middle
     D.cpu_count = lambda: 2
     print("ready", flush=True)
