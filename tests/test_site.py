@@ -89,16 +89,17 @@ def test_pages_hold_together_in_a_browser(pages, address):
     broken = "[...document.images].filter(i => !i.complete || i.naturalWidth == 0).map(i => i.src)"
     wide = "document.documentElement.scrollWidth - innerWidth"
     with browser(viewport={"width": 1440, "height": 900}) as page:
-        for k, name in enumerate(notebooks()):
-            page.emulate_media(color_scheme=(theme := ("light", "dark")[k % 2])) # loading takes a second; the other theme of a page has the same boxes
-            page.goto(address + name)
-            assert page.evaluate("document.documentElement.dataset.theme") == theme
-            for width in (360, 1440):
-                page.set_viewport_size({"width": width, "height": 900})
-                assert page.evaluate(wide) <= 0, f"{name} is wider than {width} pixels"
+        for name in notebooks():
+            for theme in ("light", "dark"):
+                page.emulate_media(color_scheme=theme)
+                page.goto(address + name)
+                assert page.evaluate("document.documentElement.dataset.theme") == theme
+                for width in (360, 1440):
+                    page.set_viewport_size({"width": width, "height": 900})
+                    assert page.evaluate(wide) <= 0, f"{name} is wider than {width} pixels"
             assert page.evaluate(broken) == [], name
         page.set_viewport_size({"width": 360, "height": 900})
-        for path in pages.keys() - {SITE/name for name in notebooks()}: # sources and indexes too
+        for path in pages: # sources and indexes too
             page.goto(address + str(path.relative_to(SITE)))
             assert page.evaluate(wide) <= 0, f"{path} is wider than a phone"
         assert page.wrong == []
