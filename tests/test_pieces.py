@@ -226,6 +226,27 @@ def test_helpers_report_what_is_broken(tmp_path):
     assert all_gone(process.pid) and not [*(tmp_path/"cache").glob(".*.part")]
 
 
+ENDED = """
+import os, seqgpt.data as D
+from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
+
+def waits(pid):
+    D.follow(pid, os.getcwd())
+    D.tqdm.write("waiting for another process")
+
+if __name__ == "__main__":
+    Parallel(2)(delayed(waits)(os.getpid()) for _ in range(2))
+    get_reusable_executor(reuse=True).shutdown(kill_workers=True)
+"""
+
+
+def test_helpers_that_had_to_wait_and_are_ended_leave_no_warning(tmp_path):
+    (tmp_path/"ended.py").write_text(ENDED)
+    done = subprocess.run([sys.executable, "ended.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("waiting") == 2, done
+
+
 def test_one_after_the_other_where_two_encode_the_same(tmp_path):
     write(tmp_path/"a", "lines", records(20_000))
     both = [encode(tmp_path), encode(tmp_path)]
