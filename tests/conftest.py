@@ -19,6 +19,7 @@ import subprocess
 import fastcore.docments
 import numpy as np
 import pytest
+from filelock import FileLock
 
 fastcore.docments.docments = functools.cache(fastcore.docments.docments) # reads a module anew for each command; a process has one, the tests have thousands
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,41 @@ TINY = "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 16 --learning_rate 3e-3"
 NOTES = ["C4", "D4", "E4", "F4", "G4"]
 NAMES = ["down $", "up"] # of the classes of melodies; a dollar is special in pictures
 VOCAB = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *NOTES])}
+
+
+@contextlib.contextmanager
+def runner(*wrapper):
+    "Answers jobs in forks of one process, see forks.py: `ask(*argv, cwd=folder)`."
+    command = [*wrapper, sys.executable, Path(__file__).with_name("forks.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        def ask(*argv, cwd, **job):
+            print(json.dumps({"argv": [*map(str, argv)], "cwd": str(cwd), **job}), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+        yield ask
+        process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def forks():
+    with runner() as ask: yield ask
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory, worker_id):
+    "`once(make)`: a copy of the folder that `make(folder)` fills, the first time that one of the workers asks for it."
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent # of all workers
+    def once(make):
+        name = make.__name__
+        folder, done = shared/f"once_{name}", shared/f"once_{name}.done"
+        with FileLock(shared/f"once_{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return shutil.copytree(folder, tmp_path_factory.mktemp(name), dirs_exist_ok=True, symlinks=True)
+    return once
 
 
 @pytest.fixture(scope="session")
@@ -91,24 +127,24 @@ def write_runs(folder, lines):
 
 
 @pytest.fixture(scope="session")
-def trained(melodies, tmp_path_factory):
+def trained(melodies, once):
     "The folder of a finished run on the melodies, with the output of the command."
-    folder = tmp_path_factory.mktemp("trained")
-    write_lines(folder, [{"tokens": t, "label": l} for t, l in melodies])
-    result = installed("train", "--data_path", "data.jsonl", "--num_epochs", 2, "--max_length", 16, *TINY, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    (folder/"printed.txt").write_text(result.stdout)
-    (folder/"bars.txt").write_text(result.stderr)
-    return folder
+    def trained(folder):
+        write_lines(folder, [{"tokens": t, "label": l} for t, l in melodies])
+        result = installed("train", "--data_path", "data.jsonl", "--num_epochs", 2, "--max_length", 16, *TINY, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        (folder/"printed.txt").write_text(result.stdout)
+        (folder/"bars.txt").write_text(result.stderr)
+    return once(trained)
 
 
 @pytest.fixture(scope="session")
-def classifier(melodies, tmp_path_factory):
+def classifier(melodies, once):
     "The folder of a language model of the melodies, and of a classifier made from it."
-    folder = tmp_path_factory.mktemp("classifier")
-    write_named(folder, melodies)
-    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--num_epochs", 4, "--max_length", 16, *TINY, cwd=folder).returncode == 0
-    result = installed("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c", "--num_epochs", 30, "--learning_rate", 1e-2, "--batch_size", 16, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    (folder/"printed.txt").write_text(result.stdout)
-    return folder
+    def classifier(folder):
+        write_named(folder, melodies)
+        assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--num_epochs", 4, "--max_length", 16, *TINY, cwd=folder).returncode == 0
+        result = installed("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c", "--num_epochs", 30, "--learning_rate", 1e-2, "--batch_size", 16, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        (folder/"printed.txt").write_text(result.stdout)
+    return once(classifier)

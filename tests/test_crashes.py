@@ -1,17 +1,17 @@
 "Runs that are killed, stopped or run out of disk at any moment, and resumed: they end with the same bytes as a run that was left in peace."
-import contextlib
 import json
 import random
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import NOTES, TINY, write_lines
+from conftest import NOTES, TINY, runner, write_lines
 from safetensors.torch import load_file, save_file
 
 from seqgpt.model import load_model
@@ -26,26 +26,15 @@ def write_scales(folder):
     write_lines(folder, [{"tokens": [NOTES[(s + k) % 5] for k in range(9)]} for s in starts.tolist()])
 
 
-@contextlib.contextmanager
-def runner(folder, *wrapper):
-    "Answers jobs, see crashes.py, in `folder`."
-    with subprocess.Popen([*wrapper, sys.executable, Path(__file__).with_name("crashes.py"), folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        def ask(*argv, **job):
-            print(json.dumps({"argv": [*map(str, argv)], **job}), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
-        yield ask
-        process.stdin.close()
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(forks, tmp_path_factory):
     "A folder with data, what answers jobs there, and what a run leaves behind that nobody disturbed."
     folder = tmp_path_factory.mktemp("crashes")
     write_scales(folder)
-    with runner(folder) as ask:
-        done, = ask(*RUN)
-        assert done["code"] == 0, done["err"]
-        yield folder, ask, left(folder/"outputs"), done["events"]
+    ask = partial(forks, cwd=folder)
+    done, = ask(*RUN)
+    assert done["code"] == 0, done["err"]
+    return folder, ask, left(folder/"outputs"), done["events"]
 
 
 @pytest.fixture
@@ -208,7 +197,8 @@ def disk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("disk")
     mount = f"mount -t tmpfs -o size=20m tmpfs {folder}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode: pytest.skip("no disk can be mounted here")
-    with runner(folder, "unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh") as ask:
+    with runner("unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh") as forks:
+        ask = partial(forks, cwd=folder)
         write = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; from test_crashes import write_scales; write_scales(Path('.'))"
         assert not ask(shell=f"{sys.executable} -c {json.dumps(write)}")
         yield folder, ask

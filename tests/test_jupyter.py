@@ -9,9 +9,9 @@ import time
 import pytest
 from browser import browser
 from conftest import ROOT
+from test_project import JUPYTER, LAB, RUN
 
-NOTEBOOKS = sorted(str(p.relative_to(ROOT/"nbs")) for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-IN_LAB = "tutorials/inside.ipynb"
+IN_LAB = f"tutorials/{LAB}.ipynb"
 ENV = {k: v for k, v in os.environ.items() if k not in ("TQDM_DISABLE", "MPLBACKEND")} # bars and pictures as they are
 
 
@@ -35,12 +35,12 @@ def shown(path):
     return [(kind, "".join(text)) for o in outputs for kind, text in (o.get("data") or {"text": o.get("text", "")}).items()]
 
 
-# tutorials run here each time, one of them in JupyterLab; the other pages under nbdev-test (test_project.py), and here on request
-@pytest.mark.parametrize("notebook", [pytest.param(n, marks=[] if "/" in n and n != IN_LAB else [pytest.mark.slow]) for n in NOTEBOOKS])
-def test_notebook_runs_under_jupyter(notebook, folder):
-    result = subprocess.run(["jupyter", "execute", "--inplace", str(folder/notebook)], env=ENV, capture_output=True, text=True, timeout=600)
+@pytest.mark.parametrize("notebook", [pytest.param(p, marks=[] if p.stem == JUPYTER else [pytest.mark.slow]) for p in RUN], ids=lambda p: p.stem)
+def test_page_runs_under_jupyter(notebook, folder):
+    copy = folder/notebook.relative_to(ROOT/"nbs")
+    result = subprocess.run(["jupyter", "execute", "--inplace", str(copy)], env=ENV, capture_output=True, text=True, timeout=3600)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert shown(folder/notebook)
+    assert shown(copy)
 
 
 SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"}, # all cells are in the page, not only those in view

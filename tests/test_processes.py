@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import NOTES, TINY, write_lines
 from safetensors.torch import load_file
-from test_crashes import history, runner
+from test_crashes import history
 
 from seqgpt.tokenizer import InputError
 from seqgpt.training import Config, ExactMetrics, check_config
@@ -25,18 +25,17 @@ DIVISIONS = { # each step sees 12 sequences; 75 to train on: in the last step of
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(forks, tmp_path_factory):
     "A folder with sequences of very different lengths, labelled; what answers jobs there; and the histories of all divisions."
     folder = tmp_path_factory.mktemp("processes")
     dice = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 20, (94,), generator=dice).tolist()
     write_lines(folder, [{"tokens": [NOTES[(k + j*(1 + k % 2)) % 5] for j in range(n)], "label": k % 2} for k, n in enumerate(lengths)])
-    with runner(folder) as runs:
-        ask = partial(runs, bare=True)
-        for name, (args, job) in DIVISIONS.items():
-            answers = ask(*RUN, *args, "--output_dir", name, **job)
-            assert all(a["code"] == 0 for a in answers), (name, answers)
-        yield folder, ask
+    ask = partial(forks, cwd=folder, bare=True)
+    for name, (args, job) in DIVISIONS.items():
+        answers = ask(*RUN, *args, "--output_dir", name, **job)
+        assert all(a["code"] == 0 for a in answers), (name, answers)
+    return folder, ask
 
 
 def losses(outputs):

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import NOTES, TINY, write_lines
-from test_crashes import history, runner
+from test_crashes import history
 
 from seqgpt.training import Config, load_data, load_vocab
 
@@ -25,7 +25,7 @@ def resume(ask, folder, whole, **job):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(forks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("streams")
     (folder/"shards").mkdir()
     lengths = torch.randint(2, 11, (90,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -34,11 +34,10 @@ def place(tmp_path_factory):
         write_lines(folder, rows[k::3])
         (folder/"data.jsonl").rename(folder/f"shards/{k}.jsonl")
         (folder/"vocab.json").replace(folder/"shards/vocab.json")
-    with runner(folder) as runs:
-        ask = partial(runs, bare=True)
-        done, shown = *ask(*RUN), *runs(*RUN, "--output_dir", "shown")
-        assert done["code"] == shown["code"] == 0 and "Compared with the first" in shown["out"], (done, shown)
-        yield folder, ask, left(folder/"outputs")
+    ask = partial(forks, cwd=folder, bare=True)
+    done, shown = *ask(*RUN), *ask(*RUN, "--output_dir", "shown", bare=False)
+    assert done["code"] == shown["code"] == 0 and "Compared with the first" in shown["out"], (done, shown)
+    return folder, ask, left(folder/"outputs")
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
-"""Training runs that are killed, for test_crashes.py: `python crashes.py FOLDER`, then a job on each line of standard input.
+"""Runs and pages, each in a fork of one process that has imported everything: starting a new process takes seconds.
 
-A job is JSON: `argv` of `seqgpt`; `event`, `seconds` or `step`: a `signal` (default: SIGKILL) comes behind so many file operations, after so long, or at the end of that step (to the last
-process only); `processes`, that train together; `runs`, at the same time. Or it has a command for the `shell`. The answer on standard output is a list, for each process: exit code
-(-9: killed), what was printed, and the number of file operations. Each run is a fork of this process, because starting a new one takes seconds.
+`python forks.py`, then a job on each line of standard input, as JSON; the answer is a line of standard output. A job works in the folder `cwd`.
+
+- `page`: a notebook, run from top to bottom as `nbdev-test` does; also its cells marked with one of `flags`. The answer: whether it `passed`, and what was `printed`.
+- `argv` of `seqgpt`, with these if wanted: `event`, `seconds` or `step`: a `signal` (default: SIGKILL) comes after so many file operations, after so long, or at the end of that step (to the
+  last process only); `processes`, that train together; `runs`, at the same time. The answer is a list, for each process: exit code (-9: killed), what was printed, number of file operations.
+- a command for the `shell`. The answer: its standard error.
 """
+import atexit
 import contextlib
 import io
 import json
@@ -12,13 +16,23 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
+from pathlib import Path
 
+import fastcore.all # noqa: F401 so that no run and no page has to import anything
+import matplotlib.pyplot # noqa: F401
+import seaborn # noqa: F401
+import torch.utils.tensorboard # noqa: F401
 from accelerate import DistributedType
+from nbdev.config import get_config
+from nbdev.test import test_nb
 
-import seqgpt.bench # noqa: F401 so that no run has to import anything
+import seqgpt.bench # noqa: F401
 import seqgpt.classification # noqa: F401
+import seqgpt.export # noqa: F401
+import seqgpt.serving # noqa: F401
 from seqgpt import cli, training
 from seqgpt.cli import main
 from seqgpt.training import StopOnSignal
@@ -65,8 +79,24 @@ def child(job, rank, write):
     os._exit(0)
 
 
+def run_page(path, flags=()):
+    "Runs a notebook in a child; at its end what it has started is stopped, and what it has written for itself is removed."
+    with tempfile.TemporaryFile("w+") as said:
+        if (pid := os.fork()) == 0:
+            for stream in (1, 2): os.dup2(said.fileno(), stream)
+            config = get_config(Path(path).parent)
+            passed, _ = test_nb(path, skip_flags=config.tst_flags.split(), force_flags=flags, basepath=config.config_path)
+            atexit._run_exitfuncs()
+            for stream in (sys.stdout, sys.stderr): stream.flush()
+            os._exit(not passed) # a whole exit would end threads of this process, which the child does not have
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said.seek(0)
+        return {"passed": code == 0, "printed": said.read()}
+
+
 def run(job):
     "One job, in one process or several."
+    if "page" in job: return run_page(job["page"], job.get("flags", ()))
     if "shell" in job: return subprocess.run(job["shell"], shell=True, capture_output=True, text=True).stderr
     if "processes" in job:
         with socket.socket() as s:
@@ -87,6 +117,8 @@ def run(job):
 
 
 if __name__ == "__main__":
-    os.chdir(sys.argv[1])
     assert threading.active_count() == 1, threading.enumerate()
-    for line in sys.stdin: print(json.dumps(run(json.loads(line))), flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        os.chdir(job["cwd"])
+        print(json.dumps(run(job)), flush=True)
