@@ -14,20 +14,10 @@ from functools import cached_property
 from html import escape
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 import torch
 from datasets import Dataset
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
-from scipy.stats import binomtest, bootstrap
-from sklearn.dummy import DummyClassifier
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
 from .corpora import MarkovSource, credit, digits_shape, to_images
@@ -69,6 +59,7 @@ def features(
     vocab: dict[str, int], # Symbol to id
 ) -> tuple: # Two matrices, (sequences, features)
     "Sequences as rows of numbers: pixels where the symbols are pixels, otherwise weighted counts of symbols and pairs."
+    from sklearn.feature_extraction.text import TfidfVectorizer
     if digits_shape(vocab): return tuple(to_images(s, vocab).reshape(len(s), -1) for s in (train, other))
     count = TfidfVectorizer(analyzer=lambda s: [*s, *map(" ".join, zip(s, s[1:]))], max_features=20_000)
     return count.fit_transform(train), count.transform(other)
@@ -80,6 +71,10 @@ def rivals(
     most: int = 5_000, # Sequences of each to use, of more a random choice to learn from and the first to be measured on, to bound time
 ) -> dict[str, np.ndarray]: # Name to guessed labels
     "What simple classifiers make of the validation sequences."
+    from sklearn.dummy import DummyClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.svm import SVC
     train = train.select(np.sort(np.random.default_rng(0).permutation(len(train))[:most]))
     validation = validation.select(range(min(most, len(validation))))
     x, new = features(*([unframed(ids, tokenizer) for ids in d["input_ids"]] for d in (train, validation)), tokenizer.get_vocab())
@@ -93,6 +88,7 @@ def mcnemar(
     other: np.ndarray, # Whether the other was
 ) -> float: # The p-value; 1 where they are never of different opinion
     "McNemar's test, exact and two-sided: could both be equally good?"
+    from scipy.stats import binomtest
     ours, theirs = int((right & ~other).sum()), int((other & ~right).sum())
     return float(binomtest(ours, ours + theirs).pvalue) if ours + theirs else 1.0
 
@@ -124,6 +120,7 @@ class ClassEvaluation:
     best: np.ndarray | None = None # (sequences,), see `best_possible`
 
     def __post_init__(self):
+        from sklearn.metrics import confusion_matrix
         self.probabilities, self.guess = softmax(self.logits.astype(float), axis=1), self.logits.argmax(1)
         self.right = self.guess == self.truth
         self.bins = confidence_bins(self.probabilities.max(1), self.right)
@@ -132,6 +129,7 @@ class ClassEvaluation:
     @cached_property
     def intervals(self) -> dict[str, tuple]:
         "95 % confidence intervals."
+        from scipy.stats import bootstrap
         ones = np.ones(len(self.truth))
         found = {"accuracy": interval(np.stack([self.right, ones]), lambda s: s[0]/s[1])}
         occur = np.union1d(self.truth, self.guess) # the same classes in each draw, also in one that misses a rare class
@@ -142,6 +140,7 @@ class ClassEvaluation:
     @cached_property
     def metrics(self) -> dict:
         "Everything that is a number."
+        from sklearn.metrics import log_loss, precision_recall_fscore_support
         n, numbers = len(self.truth), range(len(self.classes))
         per_class = zip(self.classes, *precision_recall_fscore_support(self.truth, self.guess, labels=numbers, zero_division=0))
         found = {"accuracy": float(self.right.mean()), "macro_f1": macro_f1(self.truth, self.guess), "loss": log_loss(self.truth, self.probabilities, labels=numbers),
@@ -233,6 +232,7 @@ def plot_rivals(evaluation: ClassEvaluation, ax):
 
 def plot_confusion(evaluation: ClassEvaluation, ax):
     "How many sequences of each class (rows) were taken for which (columns); colour: share of the row."
+    import seaborn as sns
     counts, few = evaluation.confusion, len(evaluation.classes) <= 20
     names = list(map(short_name, evaluation.classes))
     text = np.where(counts, counts.astype(str), "") if few else False
@@ -251,6 +251,8 @@ def plot_f1(evaluation: ClassEvaluation, ax):
 
 def plot_classification(evaluation: ClassEvaluation):
     "Draws everything that an evaluation of a classifier holds; returns the figure."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     with sns.axes_style("whitegrid"): fig, axes = plt.subplots(2, 2, figsize=(9.5, 7.5), layout="constrained")
     for ax, panel in zip(axes.flat, (plot_rivals, plot_confusion, plot_f1, plot_calibration)): panel(evaluation, ax)
     return fig
@@ -261,6 +263,7 @@ def fit_temperature(
     truth: np.ndarray, # (sequences,), numbers of classes
 ) -> float: # Above 1: the model was too sure
     "The number to divide logits by so that the log loss is smallest."
+    from scipy.optimize import minimize_scalar
     loss = lambda t: -log_softmax(logits / math.exp(t), axis=1)[np.arange(len(truth)), truth].mean()
     return math.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x)
 
@@ -288,6 +291,8 @@ def plot_opinions(
     classes: list[str], # Their names
 ):
     "Draws class probabilities over the tokens, stacked; returns the figure."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     with sns.axes_style("white"): fig, axes = plt.subplots(len(probabilities), 1, figsize=(8, 2*len(probabilities)), sharex=True, squeeze=False, layout="constrained")
     for ax, (name, p) in zip(axes.flat, probabilities.items()):
         ax.stackplot(range(len(p)), p.T, labels=classes, colors=sns.color_palette("tab10" if len(classes) <= 10 else "husl", len(classes)))

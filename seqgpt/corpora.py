@@ -14,14 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from fastcore.basics import patch
-from PIL import Image
 from scipy import sparse
-from sklearn.datasets import load_digits
-from sklearn.ensemble import ExtraTreesClassifier
-from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
 from .data import corpus_files, label_symbols, read_lines, write_corpus, written_whole
@@ -32,6 +27,8 @@ def digit_images(
     image_size: int = 16, # Pixels on a side; the originals have 8
 ) -> tuple[np.ndarray, np.ndarray]: # Grey levels 0 (paper) to 16 (ink), (1797, image_size, image_size); digits 0 to 9, (1797,)
     "The handwritten digits of scikit-learn, enlarged bicubically where `image_size` is not 8."
+    from PIL import Image
+    from sklearn.datasets import load_digits
     digits = load_digits()
     if image_size == 8: return digits.images, digits.target
     enlarge = lambda im: Image.fromarray(im.astype(np.float32)).resize((image_size, image_size), Image.Resampling.BICUBIC)
@@ -53,6 +50,7 @@ def plot_images(
     given: np.ndarray | None = None, # Pixels that were given and not drawn by a model, same shape as `images`; tinted
 ):
     "Draws pictures in rows; returns the figure."
+    import matplotlib.pyplot as plt
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(0.8*columns, (1.0 if titles is not None else 0.85)*rows), squeeze=False, layout="constrained")
@@ -132,6 +130,8 @@ class DigitJudge:
         grey_levels: int = 2, # Levels of grey
         seed: int = 42, # Of the split, 80 % to learn from and 20 % to be tested on, and of the trees
     ):
+        from sklearn.ensemble import ExtraTreesClassifier
+        from sklearn.model_selection import train_test_split
         images, labels = digit_images(image_size)
         pixels = quantize(images, grey_levels).reshape(len(images), -1) / (grey_levels - 1)
         x, held_out, y, truth = train_test_split(pixels, labels, test_size=0.2, random_state=seed, stratify=labels)

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,10 +40,7 @@ import xxhash
 from datasets import Dataset, concatenate_datasets
 from datasets.table import InMemoryTable
 from filelock import FileLock, Timeout
-from joblib import Parallel, cpu_count, delayed
-from joblib.externals.loky import get_reusable_executor
-from matplotlib.colors import to_rgb
-from sklearn.model_selection import train_test_split
+from joblib import cpu_count
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -547,6 +543,8 @@ def encode_files(
     cache: Path, # Folder to write to
 ) -> tuple[list[str], dict]: # Keys of the pieces with sequences in them, and the account of all
     "Encodes what is not encoded yet, with all cores; see `encode_piece`."
+    from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
     pieces = cut_files(files, PIECE)
     helpers, accounts = min(len(pieces), cpu_count()) if len(pieces) > 4 else 1, {} # to start them takes as long as a few pieces
     try:
@@ -647,6 +645,7 @@ def split_corpus(
     by: str = "sample", # "sample": so many are drawn, of each label its share; "content": each sequence by itself, see `set_aside`
 ) -> Split:
     "Splits by sequence; raises `InputError` where there is too little to split."
+    from sklearn.model_selection import train_test_split
     columns = dataset.select_columns(["begins", "label", "digest"]).with_format("arrow")[:] # numbers only, so that ten million are no matter
     begins = beginnings(columns)
     count = begins.sum()
@@ -765,6 +764,8 @@ def cell_colours(
     tokenizer, # From `make_tokenizer`
 ) -> np.ndarray: # (symbols + 1, 3), red, green and blue; the last is for what does not count
     "A colour for each symbol: shades of blue, and others for the special tokens."
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
     colours = plt.get_cmap("Blues")(np.linspace(0.12, 0.5, len(tokenizer) + 1))[:, :3]
     for role, colour in CELL_COLOURS.items(): colours[getattr(tokenizer, f"{role}_id")] = to_rgb(colour)
     colours[-1] = colours[tokenizer.pad_token_id]
@@ -776,6 +777,7 @@ def plot_batch(
     tokenizer, # To write the symbols, where there is room
 ):
     "Draws inputs, labels and mask of each sequence beneath each other, with arrows to each label from where it is predicted; returns the figure."
+    import matplotlib.pyplot as plt
     ids, labels, mask = (batch[key].numpy() if key in batch else None for key in ("input_ids", "labels", "attention_mask"))
     names, colours = np.array([*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), "-100"]), cell_colours(tokenizer)
     rows = {"input_ids": (names[ids], colours[ids])}

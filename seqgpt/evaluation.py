@@ -19,16 +19,10 @@ from functools import cached_property
 from html import escape
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 import torch
 from datasets import Dataset
-from rapidfuzz import process
-from rapidfuzz.distance import Levenshtein
-from sacrebleu import corpus_bleu
 from scipy import sparse
-from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
 from .corpora import MarkovSource, load_source, possible_pairs
@@ -94,6 +88,7 @@ def interval(
     statistic, # Of sums, (sums, ...), to numbers
 ) -> tuple: # Lower and upper end
     "The 95 % confidence interval of a statistic of sums, by bootstrap over sequences."
+    from scipy.stats import bootstrap
     n, rng = by_sequence.shape[1], np.random.default_rng(0)
     if n < 2: return (math.nan, math.nan)
     if n > 10_000: by_sequence = np.add.reduceat(by_sequence[:, rng.permutation(n)], np.linspace(0, n, 10_000, endpoint=False).astype(int), axis=1) # groups scatter alike, and bound time
@@ -231,6 +226,8 @@ def nearest_distances(
     most: int = 20_000, # Training sequences to compare with; more are left out, to bound time
 ) -> np.ndarray: # (sequences,), 0 to 1
     "Edit distance of each sequence to its nearest neighbour in the training set, divided by the length of the longer one."
+    from rapidfuzz import process
+    from rapidfuzz.distance import Levenshtein
     text = lambda ids: "".join(map(chr, ids)) # one character for an id; the library is fastest on strings
     known = [text(ids) for ids in train[:most]["input_ids"]]
     queries = tqdm(sequences, desc="Nearest neighbours", unit="sequence", delay=2, leave=False)
@@ -242,6 +239,7 @@ def compare_endings(
     endings: list[list[str]], # The real ones
 ) -> dict[str, float]: # BLEU, 0 to 100; ROUGE-1, -2 and -L, 0 to 1 (F1)
     "How much continuations have in common with the real endings."
+    from sacrebleu import corpus_bleu
     from rouge_score.rouge_scorer import RougeScorer # here, because it takes seconds to import
     left, right = ([" ".join(tokens) for tokens in side] for side in (continuations, endings))
     class Words: tokenize = staticmethod(str.split)
@@ -459,6 +457,7 @@ def plot_calibration(evaluation: Evaluation, ax):
 
 def plot_distances(evaluation: Evaluation, ax):
     "Distances of drawn and of real sequences to the nearest training sequence."
+    import seaborn as sns
     drawn, real = evaluation.drawn.distances
     sns.histplot({"drawn": drawn, "real, held out": real}, bins=np.linspace(0, max(drawn.max(), real.max(), 0.02), 25), palette=["tab:orange", "grey"], alpha=0.5, ax=ax)
     ax.set(title="distance to the nearest training sequence")
@@ -479,6 +478,8 @@ def plot_evaluation(
     evaluation: Evaluation,
 ):
     "Draws everything that an evaluation holds; returns the figure."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     drawn = evaluation.drawn
     panels = {plot_comparison: True, plot_positions: True, plot_labels: any(evaluation.labels), plot_calibration: True, plot_distances: drawn and drawn.distances, plot_drawn: drawn}
     panels = [panel for panel, wanted in panels.items() if wanted]
@@ -566,6 +567,7 @@ def write_evaluation(
     plot=plot_evaluation, # What draws it
 ):
     "Writes `metrics.json` and `evaluation.png`."
+    import matplotlib.pyplot as plt
     out = Path(out_dir)
     with warnings.catch_warnings(), written_whole(out/"evaluation.png") as part:
         warnings.filterwarnings("ignore", "Glyph") # a label in letters that the font lacks

@@ -16,9 +16,7 @@ from html import escape
 from io import BytesIO
 from itertools import cycle, islice
 
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -89,6 +87,8 @@ def plot_next(
     pairs: list[tuple[str, float]], # From `next_tokens`
 ):
     "Draws probabilities as bars; returns the figure."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     with sns.axes_style("whitegrid"): fig, ax = plt.subplots(figsize=(5, 0.3*len(pairs) + 0.4), layout="constrained")
     ax.bar_label(ax.barh(*zip(*pairs), color="tab:orange"), [f"{p:.1%}" for _, p in pairs], padding=3)
     ax.set(xlim=(0, 1.1))
@@ -231,6 +231,7 @@ class Samples(list):
     most = 50 # To be shown
 
     def _repr_html_(self):
+        import matplotlib.pyplot as plt
         shown, vocab = self[:self.most], getattr(self[0], "vocab", {}) if self else {}
         more = f"<p>and {len(self) - self.most:,} more</p>" if len(self) > self.most else ""
         if not digits_shape(vocab):

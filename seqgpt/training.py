@@ -34,9 +34,7 @@ from pathlib import Path
 from unittest import mock
 
 import datasets
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 import torch
 import torch.nn.functional as F
 import yaml
@@ -45,15 +43,12 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from sklearn.metrics import f1_score
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import GPT2Config, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 from transformers.optimization import get_scheduler
 
 from .data import LONG, ByLength, Corpus, Split, Stream, choose, class_names, collate, column, find_vocab, fingerprint, given_split, read_corpus, split_corpus, stream_corpus
@@ -336,6 +331,7 @@ def macro_f1(
     classes: np.ndarray | None = None, # To average over; default: those that occur in either
 ) -> float:
     "The mean of F1 over classes."
+    from sklearn.metrics import f1_score
     return float(f1_score(truth, guess, labels=classes, average="macro", zero_division=0))
 
 def class_metrics(
@@ -1000,6 +996,8 @@ def plot_curves(
     lines: dict[str, float] = {}, # Name to perplexity (loss, for a classifier) of what the model is held against
 ):
     "Draws perplexity or loss, accuracy, and learning rate over the epochs; returns the figure."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     level, show, low = ("perplexity", perplexity, 1) if any("eval_perplexity" in log for log in history) else ("loss", float, 0)
     pick = lambda key: ([log["epoch"] for log in history if key in log], [log[key] for log in history if key in log])
     with sns.axes_style("whitegrid"): fig, axes = plt.subplots(1, 3, figsize=(12.5 if lines else 11, 3), layout="constrained")
@@ -1028,6 +1026,7 @@ def save_curves(
     lines: dict[str, float] = {}, # As for `plot_curves`
 ):
     "Draws the curves into a file."
+    import matplotlib.pyplot as plt
     with written_whole(folder/"training_curves.png") as part: plot_curves(history, lines).savefig(part, format="png", dpi=120)
     plt.close()
 
@@ -1105,6 +1104,8 @@ def run_trainer(
     out: Path, # For the logs of TensorBoard
 ):
     "Trains, and writes the logs of TensorBoard."
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
     with contextlib.ExitStack() as stack:
         if trainer.args.process_index == 0:
             writer = stack.enter_context(SummaryWriter(out/"runs", purge_step=checkpoint and int(checkpoint.name[11:]) + 1)) # what was done in vain is not shown
