@@ -29,6 +29,12 @@ NAMES = ["down $", "up"] # of the classes of melodies; a dollar is special in pi
 VOCAB = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *NOTES])}
 
 
+def pytest_collection_modifyitems(items):
+    "Long ones first, so that no worker is left with one at the end."
+    long = ("test_page_runs", "test_jupyterlab", "test_pages_hold_together")
+    items.sort(key=lambda item: not item.name.startswith(long))
+
+
 @contextlib.contextmanager
 def runner(*wrapper):
     "Answers jobs in forks of one process, see forks.py: `ask(*argv, cwd=folder)`."
