@@ -15,8 +15,10 @@ import io
 import json
 import shutil
 import subprocess
+from unittest.mock import patch
 
 import fastcore.docments
+import matplotlib.figure
 import numpy as np
 import pytest
 from filelock import FileLock
@@ -92,11 +94,23 @@ def write_named(folder, melodies):
     return write_lines(folder, [{"tokens": t, "label": NAMES[l]} for t, l in melodies])
 
 
-def seqgpt(*args, cwd, input=""):
-    "Runs the command in `cwd`, in this process: starting a new one costs seconds."
+def seqgpt(*args, cwd, input="", bare=False, drawn=True):
+    "Runs the command in `cwd`, in this process: starting a new one costs seconds. See `left_out` for `bare` and `drawn`."
     from seqgpt.cli import main
-    with contextlib.chdir(cwd), redirect(io.StringIO(input)) as (out, err): code = main([str(a) for a in args])
+    with contextlib.chdir(cwd), left_out(bare, drawn), redirect(io.StringIO(input)) as (out, err): code = main([str(a) for a in args])
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def left_out(bare, drawn):
+    """Leaves out what takes ten times as long as a few steps of a tiny model: all that follows a training, and the curves,
+    if `bare`; pictures, which are blank then, unless `drawn`."""
+    from seqgpt.cli import measures
+    with contextlib.ExitStack() as stack:
+        if bare: stack.enter_context(patch("seqgpt.cli.show_run"))
+        if bare or not drawn: stack.enter_context(patch("seqgpt.training.save_curves"))
+        if not drawn: stack.enter_context(patch("seqgpt.cli.measures", lambda task: (measures(task)[0], lambda evaluation: matplotlib.figure.Figure())))
+        yield
 
 
 @contextlib.contextmanager
@@ -126,9 +140,9 @@ def write_runs(folder, lines):
     "A language model (in outputs) and a classifier (in c), of two steps, with their data, and without what else a run leaves behind."
     write_lines(folder, lines)
     for task, out in (("clm", "outputs"), ("classification", "c")):
-        result = seqgpt("train", "--task", task, "--data_path", "data.jsonl", "--output_dir", out, "--max_length", 16, "--max_steps", 2, *TINY, cwd=folder)
+        result = seqgpt("train", "--task", task, "--data_path", "data.jsonl", "--output_dir", out, "--max_length", 16, "--max_steps", 2, *TINY, cwd=folder, bare=True)
         assert result.returncode == 0, result.stderr
-        for part in ("checkpoints", "runs", "final_model", "best_model/evaluation"): shutil.rmtree(folder/out/part)
+        for part in ("checkpoints", "runs", "final_model"): shutil.rmtree(folder/out/part)
     return folder
 
 

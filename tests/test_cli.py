@@ -24,6 +24,12 @@ def corpus(melodies, tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def finished(trained, tmp_path):
+    "A copy of the finished run."
+    return shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+
+
 # --- what a finished run leaves behind
 
 def test_outputs_are_complete(trained):
@@ -78,12 +84,12 @@ def test_printed_metrics_are_those_of_transformers(trained):
 # --- evaluate
 
 def test_evaluate(trained, tmp_path):
-    result = installed("evaluate", "--model_path", "outputs/best_model", "--out_dir", tmp_path/"e", cwd=trained)
+    result = seqgpt("evaluate", "--model_path", "outputs/best_model", "--out_dir", tmp_path/"e", cwd=trained)
     assert result.returncode == 0 and "trigram" in result.stdout, result.stderr
     whole = json.loads((tmp_path/"e/metrics.json").read_text())
     assert {"perplexity", "accuracy", "nats_per_sequence", "bits_per_token", "sequences", "tokens", "perplexity_without_eos", "baselines"} <= whole.keys()
     write_lines(tmp_path/"other", [{"tokens": NOTES}, {"tokens": NOTES[::-1]}])
-    result = seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", tmp_path/"other/data.jsonl", "--out_dir", tmp_path/"o", cwd=tmp_path)
+    result = seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", tmp_path/"other/data.jsonl", "--out_dir", tmp_path/"o", cwd=tmp_path, drawn=False)
     assert result.returncode == 0 and json.loads((tmp_path/"o/metrics.json").read_text())["tokens"] == 12, result.stderr
 
 
@@ -91,7 +97,7 @@ def test_evaluate_replaces_no_other_evaluation(trained, tmp_path):
     shutil.copytree(trained/"outputs/best_model", tmp_path/"m")
     own = (tmp_path/"m/evaluation/metrics.json").read_bytes()
     write_lines(tmp_path/"other", [{"tokens": NOTES}, {"tokens": NOTES[::-1]}])
-    ask = lambda *args: seqgpt("evaluate", "--model_path", "m", "--data_path", "other/data.jsonl", "--num_samples", 2, *args, cwd=tmp_path)
+    ask = lambda *args: seqgpt("evaluate", "--model_path", "m", "--data_path", "other/data.jsonl", "--num_samples", 2, *args, cwd=tmp_path, drawn=False)
     assert ask().returncode == 0
     metrics = tmp_path/"m/evaluation_data/metrics.json"
     other = metrics.read_bytes()
@@ -102,14 +108,14 @@ def test_evaluate_replaces_no_other_evaluation(trained, tmp_path):
 
 
 def test_metrics_are_valid_json_even_where_no_loss_was_logged(corpus):
-    assert seqgpt(*RUN, "--max_steps", 11, "--eval_steps", 10, cwd=corpus).returncode == 0
+    assert seqgpt(*RUN, "--max_steps", 11, "--eval_steps", 10, cwd=corpus, bare=True).returncode == 0
     strict = lambda name: pytest.fail(f"{name} in metrics.json")
     for name in ("best_model", "final_model"): json.loads((corpus/"outputs"/name/"metrics.json").read_text(), parse_constant=strict)
 
 
 def test_evaluate_says_what_it_cut_off_and_left_out(trained, tmp_path):
     write_lines(tmp_path, [{"tokens": NOTES*10}, {"tokens": ["H4"]}, {"tokens": NOTES}])
-    ask = lambda *args: seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", "data.jsonl", *args, cwd=tmp_path)
+    ask = lambda *args: seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", "data.jsonl", *args, cwd=tmp_path, drawn=False)
     refused(ask("--out_dir", "e"), "1 of 3 lines", "--skip_bad_lines")
     result = ask("--out_dir", "e", "--skip_bad_lines")
     assert result.returncode == 0 and "36 tokens cut off" in result.stdout and "1 bad lines left out" in result.stdout
@@ -133,12 +139,11 @@ def test_folders_that_are_not_models(trained, tmp_path):
     refused(ask(), "cannot be opened")
 
 
-def test_evaluate_refuses_changed_data(corpus):
-    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0
-    with open(corpus/"data.jsonl", "a") as f: f.write('{"tokens": ["C4"]}\n')
-    refused(seqgpt("evaluate", "--model_path", "outputs/best_model", cwd=corpus), "has changed since the training", "--data_path")
-    refused(seqgpt("infer", "--model_path", "outputs/best_model", "--mode", "generate", "--num_prompts", 2, cwd=corpus), "has changed since the training", "--prompt_file")
-    refused(seqgpt("evaluate", "--model_path", "nowhere", cwd=corpus), "nowhere", "outputs/best_model")
+def test_evaluate_refuses_changed_data(finished):
+    with open(finished/"data.jsonl", "a") as f: f.write('{"tokens": ["C4"]}\n')
+    refused(seqgpt("evaluate", "--model_path", "outputs/best_model", cwd=finished), "has changed since the training", "--data_path")
+    refused(seqgpt("infer", "--model_path", "outputs/best_model", "--mode", "generate", "--num_prompts", 2, cwd=finished), "has changed since the training", "--prompt_file")
+    refused(seqgpt("evaluate", "--model_path", "nowhere", cwd=finished), "nowhere", "outputs/best_model")
 
 
 # --- infer
@@ -226,14 +231,13 @@ def test_interactive_rolls_the_dice_of_the_seed(trained):
 def files(folder): return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-def test_never_overwrites_unless_told(corpus):
-    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0
-    before = files(corpus/"outputs")
-    refused(seqgpt(*RUN, "--max_steps", 2, cwd=corpus), "outputs", "--resume", "--overwrite", "--output_dir")
-    refused(seqgpt(*RUN, "--overwrite", "--n_head", 3, cwd=corpus), "n_embd (16) is not divisible by n_head (3)")
-    assert files(corpus/"outputs") == before
-    assert seqgpt(*RUN, "--max_steps", 3, "--overwrite", cwd=corpus).returncode == 0
-    assert json.loads((corpus/"outputs/final_model/metrics.json").read_text())["step"] == 3
+def test_never_overwrites_unless_told(finished):
+    before = files(finished/"outputs")
+    refused(seqgpt(*RUN, "--max_steps", 2, cwd=finished), "outputs", "--resume", "--overwrite", "--output_dir")
+    refused(seqgpt(*RUN, "--overwrite", "--n_head", 3, cwd=finished), "n_embd (16) is not divisible by n_head (3)")
+    assert files(finished/"outputs") == before
+    assert seqgpt(*RUN, "--max_steps", 3, "--overwrite", cwd=finished, bare=True).returncode == 0
+    assert json.loads((finished/"outputs/final_model/metrics.json").read_text())["step"] == 3
 
 
 def interrupt(folder, sig, *args):
@@ -271,22 +275,20 @@ for steps in (4, 8): train(Config("c", max_steps=steps, resume=steps == 8, n_lay
     assert result.returncode == 0 and "checkpoint-4" in result.stdout and "[transformers]" not in result.stderr, result.stderr
 
 
-def test_resume_refuses_what_does_not_fit(corpus):
-    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0
-    refused(seqgpt(*RUN, "--max_steps", 4, "--resume", "--n_layer", 2, cwd=corpus), "n_layer (was 1, is 2)")
-    refused(seqgpt(*RUN, "--resume", "--overwrite", cwd=corpus), "one of")
-    with open(corpus/"data.jsonl", "a") as f: f.write('{"tokens": ["C4"]}\n')
-    refused(seqgpt(*RUN, "--max_steps", 4, "--resume", cwd=corpus), "the data")
+def test_resume_refuses_what_does_not_fit(finished):
+    refused(seqgpt(*RUN, "--max_steps", 40, "--resume", "--n_layer", 2, cwd=finished), "n_layer (was 1, is 2)")
+    refused(seqgpt(*RUN, "--resume", "--overwrite", cwd=finished), "one of")
+    with open(finished/"data.jsonl", "a") as f: f.write('{"tokens": ["C4"]}\n')
+    refused(seqgpt(*RUN, "--max_steps", 40, "--resume", cwd=finished), "the data")
 
 
-def test_finished_runs_are_left_alone(corpus):
-    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0
-    before = files(corpus/"outputs")
-    refused(seqgpt(*RUN, "--max_steps", 2, "--resume", cwd=corpus), "finished, after 2 steps", "--num_epochs")
-    assert files(corpus/"outputs") == before
-    assert seqgpt(*RUN, "--max_steps", 3, "--resume", cwd=corpus).returncode == 0
-    shutil.rmtree(corpus/"outputs/checkpoints")
-    refused(seqgpt(*RUN, "--max_steps", 4, "--resume", cwd=corpus), "no checkpoint to go on from", "--overwrite")
+def test_finished_runs_are_left_alone(finished):
+    before = files(finished/"outputs")
+    refused(seqgpt(*RUN, "--num_epochs", 2, "--resume", cwd=finished), "finished, after 20 steps", "--num_epochs")
+    assert files(finished/"outputs") == before
+    assert seqgpt(*RUN, "--max_steps", 21, "--resume", cwd=finished, bare=True).returncode == 0
+    shutil.rmtree(finished/"outputs/checkpoints")
+    refused(seqgpt(*RUN, "--max_steps", 22, "--resume", cwd=finished), "no checkpoint to go on from", "--overwrite")
 
 
 def test_no_other_run_begins_before_the_evaluation_has_ended(corpus, monkeypatch):
@@ -296,7 +298,7 @@ def test_no_other_run_begins_before_the_evaluation_has_ended(corpus, monkeypatch
         refused(seqgpt(*RUN, "--max_steps", 2, "--overwrite", cwd=corpus), "another run is writing there")
         seen.append(show(config, run))
     monkeypatch.setattr(cli, "show_run", other)
-    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus).returncode == 0 and seen == [None] and (corpus/"outputs/samples.jsonl").exists()
+    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus, drawn=False).returncode == 0 and seen == [None] and (corpus/"outputs/samples.jsonl").exists()
 
 
 def test_places_that_cannot_be(corpus):
@@ -310,12 +312,12 @@ def test_places_that_cannot_be(corpus):
 
 
 def test_resume_with_nothing_to_resume_starts(corpus):
-    result = seqgpt(*RUN, "--max_steps", 2, "--resume", cwd=corpus)
+    result = seqgpt(*RUN, "--max_steps", 2, "--resume", cwd=corpus, bare=True)
     assert result.returncode == 0 and "starting from the beginning" in result.stdout
 
 
 def test_diverging_run_stops_with_advice_and_keeps_the_best(corpus):
-    result = seqgpt(*RUN, "--num_epochs", 50, "--learning_rate", 1e12, "--precision", "fp32", "--max_grad_norm", 1e30, "--eval_steps", 1, "--warmup_steps", 1, cwd=corpus)
+    result = seqgpt(*RUN, "--num_epochs", 50, "--learning_rate", 1e12, "--precision", "fp32", "--max_grad_norm", 1e30, "--eval_steps", 1, "--warmup_steps", 1, cwd=corpus, bare=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr and "--learning_rate" in result.stderr, result.stderr
     assert GPT2LMHeadModel.from_pretrained(corpus/"outputs/best_model")
 
@@ -324,7 +326,7 @@ def test_diverging_run_stops_with_advice_and_keeps_the_best(corpus):
 
 def test_yaml_and_flags(corpus):
     (corpus/"mine.yaml").write_text("data_path: data.jsonl\nlearning_rate: 3e-4\nmax_steps: 2\nn_layer: 1\nn_head: 2\nn_embd: 16\nmax_length: 16\nmodel:\n  resid_pdrop: 0.25\n")
-    result = seqgpt("train", "--config", "mine.yaml", "--n_embd", 32, "--model.embd_pdrop", "5e-1", cwd=corpus)
+    result = seqgpt("train", "--config", "mine.yaml", "--n_embd", 32, "--model.embd_pdrop", "5e-1", cwd=corpus, bare=True)
     assert result.returncode == 0, result.stderr
     saved, model = yaml.safe_load((corpus/"outputs/best_model/config.yaml").read_text()), json.loads((corpus/"outputs/best_model/config.json").read_text())
     assert saved["learning_rate"] == 3e-4 and (model["n_embd"], model["resid_pdrop"], model["embd_pdrop"]) == (32, 0.25, 0.5)
@@ -353,7 +355,7 @@ def test_misspelt_key_in_a_file(corpus):
 
 def test_help_and_verbs(tmp_path):
     assert "corpus" in installed("--help", cwd=tmp_path).stdout and seqgpt(cwd=tmp_path).returncode == 0
-    help = installed("train", "--help", cwd=tmp_path)
+    help = seqgpt("train", "--help", cwd=tmp_path)
     assert help.returncode == 0 and "Longest sequence in tokens" in help.stdout
     refused(installed("trian", cwd=tmp_path), "Did you mean 'train'")
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", seqgpt("--version", cwd=tmp_path).stdout)
