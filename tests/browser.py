@@ -8,19 +8,32 @@ import pytest
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 
 
+MINUTES = 5*60_000 # that a page may take for anything, in milliseconds: the machine may be busy
+
+
 @contextmanager
-def browser(**settings):
-    "A page of a new browser; what goes wrong on it is collected in `page.wrong`."
+def launched():
+    "A browser, for the tests of a whole file: starting one takes seconds."
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not chromium and not os.environ.get("CI"): pytest.skip("Chromium is not installed")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
+    expect.set_options(timeout=MINUTES)
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        page = running.new_context(**settings).new_page()
-        page.wrong = []
-        page.on("console", lambda m: page.wrong.append(f"{page.url}: {m.text}") if m.type == "error" else None)
-        page.on("pageerror", lambda e: page.wrong.append(f"{page.url}: {e}"))
-        page.on("request", lambda r: page.wrong.append(f"{page.url} asks {r.url}") if not r.url.startswith(("http://127.0.0.1", "http://localhost", "ws://127.0.0.1", "data:", "blob:", "file:")) else None)
-        page.on("requestfailed", lambda r: page.wrong.append(f"{page.url}: {r.url} failed") if r.failure != "net::ERR_ABORTED" else None) # by leaving the page
-        try: yield page
+        running = playwright.chromium.launch(executable_path=chromium, args=FLAGS, timeout=MINUTES)
+        try: yield running
         finally: running.close()
+
+
+@contextmanager
+def tab(running, **settings):
+    "A page in a new profile of a browser; what goes wrong on it is collected in `page.wrong`."
+    context = running.new_context(**settings)
+    context.set_default_timeout(MINUTES)
+    page = context.new_page()
+    page.wrong = []
+    page.on("console", lambda m: page.wrong.append(f"{page.url}: {m.text}") if m.type == "error" else None)
+    page.on("pageerror", lambda e: page.wrong.append(f"{page.url}: {e}"))
+    page.on("request", lambda r: page.wrong.append(f"{page.url} asks {r.url}") if not r.url.startswith(("http://127.0.0.1", "http://localhost", "ws://127.0.0.1", "data:", "blob:", "file:")) else None)
+    page.on("requestfailed", lambda r: page.wrong.append(f"{page.url}: {r.url} failed") if r.failure != "net::ERR_ABORTED" else None) # by leaving the page
+    try: yield page
+    finally: context.close()

@@ -2,12 +2,11 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 
 import pytest
-from browser import browser
+from browser import launched, tab
 from conftest import ROOT
 from test_project import JUPYTER, LAB, RUN
 
@@ -54,30 +53,28 @@ def lab(folder, tmp_path):
         path = tmp_path/"settings/@jupyterlab"/f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = 20_000 + os.getpid() % 10_000 # or one of the next: below those that systems hand out by chance
     command = ["jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder}", "--IdentityProvider.token="]
-    own = {"JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path/"workspaces")}
+    own = {"JUPYTER_CONFIG_DIR": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path/"runtime"), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path/"workspaces")}
     with open(tmp_path/"lab.log", "w") as log, subprocess.Popen(command, env=ENV | own, stdout=log, stderr=log) as server:
-        for _ in range(600):
-            assert server.poll() is None, (tmp_path/"lab.log").read_text()
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0: break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/lab/"
-        server.terminate()
+        about, until = tmp_path/f"runtime/jpserver-{server.pid}.json", time.monotonic() + 600
+        try:
+            while not (about.exists() and (written := about.read_text()).endswith("}")): # where it listens
+                assert server.poll() is None and time.monotonic() < until, (tmp_path/"lab.log").read_text()
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{json.loads(written)['port']}/lab/"
+        finally: server.terminate()
 
 
 def run_all(page):
     "Runs the open notebook to its end."
-    page.get_by_text("| Idle").wait_for(timeout=120_000) # the kernel is there
+    page.get_by_text("| Idle").wait_for() # the kernel is there
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.locator(".jp-OutputArea-output progress").first.wait_for(timeout=120_000) # while it trains
+    page.locator(".jp-OutputArea-output progress").first.wait_for() # while it trains
     prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-prompt") # not that of the last cell, which is collapsed
-    page.wait_for_function("([last, n]) => last.textContent == `[${n}]:`", arg=[prompts.last.element_handle(), prompts.count()], timeout=400_000)
-    page.get_by_text("| Idle").wait_for(timeout=120_000)
+    page.wait_for_function("([last, n]) => last.textContent == `[${n}]:`", arg=[prompts.last.element_handle(), prompts.count()], timeout=1_800_000)
+    page.get_by_text("| Idle").wait_for()
 
 
 def use_slider(page):
@@ -86,7 +83,10 @@ def use_slider(page):
     slider.scroll_into_view_if_needed()
     before = chart.get_attribute("src")
     slider.locator(".noUi-handle").press("ArrowRight")
-    page.wait_for_function("([chart, before]) => !chart.isConnected || chart.src != before", arg=[chart.element_handle(), before], timeout=30_000)
+    page.wait_for_function("([chart, before]) => !chart.isConnected || chart.src != before", arg=[chart.element_handle(), before])
+
+
+INKED = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 0 && v < 100).length / (c.width*c.height)" # share of a canvas
 
 
 def use_canvas(page):
@@ -95,25 +95,23 @@ def use_canvas(page):
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     at = lambda x, y: (box["x"] + x*box["width"]/256, box["y"] + y*box["height"]/128)
-    inked = lambda: canvas.evaluate("c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 == 0 && v < 100).length / (c.width*c.height)")
     page.mouse.move(*at(83, 42))
     page.mouse.down()
     for point in ((95, 18), (128, 10), (160, 18), (176, 50), (165, 85), (152, 112), (128, 124)): page.mouse.move(*at(*point), steps=2)
     page.mouse.up()
     page.mouse.move(*at(20, 100), steps=5) # the button is up: this draws nothing
-    page.wait_for_timeout(1000)
-    assert 0.1 < inked() < 0.5
     assert answer.count() == 0
     page.get_by_role("button", name="Go on").click()
-    answer.wait_for(timeout=60_000)
-    assert answer.evaluate("i => i.naturalWidth") > 300
+    answer.wait_for() # by then the kernel has heard of every move
+    page.wait_for_function(f"c => ({INKED})(c) > 0.1", arg=canvas.element_handle())
+    assert canvas.evaluate(INKED) < 0.5
+    page.wait_for_function("i => i.complete && i.naturalWidth > 300", arg=answer.element_handle())
     page.get_by_role("button", name="Clear").click()
-    page.wait_for_timeout(1000)
-    assert inked() == 0
+    page.wait_for_function(f"c => ({INKED})(c) == 0", arg=canvas.element_handle())
 
 
 def test_jupyterlab_runs_a_notebook_and_answers(lab, folder):
-    with browser(viewport={"width": 1280, "height": 900}) as page:
+    with launched() as chromium, tab(chromium, viewport={"width": 1280, "height": 900}) as page:
         page.goto(f"{lab}tree/{IN_LAB}")
         run_all(page)
         page.locator(".jp-OutputArea-output table.dataframe").first.scroll_into_view_if_needed() # of the progress
@@ -121,7 +119,6 @@ def test_jupyterlab_runs_a_notebook_and_answers(lab, folder):
         assert pictures.count() > 5 and all(p.evaluate("i => i.naturalWidth") > 100 for p in pictures.all())
         use_slider(page)
         use_canvas(page)
-        page.keyboard.press("Control+s")
-        page.wait_for_timeout(2000)
+        with page.expect_response(lambda r: r.request.method == "PUT" and r.url.partition("?")[0].endswith(IN_LAB) and r.ok): page.keyboard.press("Control+s")
         assert page.wrong == []
     assert any("<progress" in text for _, text in shown(folder/IN_LAB))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from browser import browser
+from browser import launched, tab
 from playwright.sync_api import expect
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -33,19 +33,30 @@ def talker():
     return model
 
 
+def talking(folder):
+    "The model as an exported file."
+    to_onnx(talker(), folder/"fast.onnx", "in place")
+
+
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def both(once):
     "One model with two vocabularies."
-    model, made = talker(), {}
-    for name, vocab in (("digits", DIGITS), ("melody, ü & more", MELODY)):
-        folder, tokenizer = tmp_path_factory.mktemp(name), make_tokenizer({s: i for i, s in enumerate(vocab)})
-        model.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder)
-        file = folder/"fast.onnx"
-        to_onnx(model, file, "in place") if not made else shutil.copy(made["digits"].file, file)
-        write_page(file, folder/"page.html")
-        made[name[:6]] = SimpleNamespace(model=model, tokenizer=tokenizer, file=file, page=folder/"page.html", vocab=vocab)
+    exported, model, made = once(talking)/"fast.onnx", talker(), {}
+    names = {"digits": DIGITS, "melody, ü & more": MELODY}
+    tokenizers = {name: make_tokenizer({s: i for i, s in enumerate(vocab)}) for name, vocab in names.items()}
+    def pages(folder):
+        for name, tokenizer in tokenizers.items():
+            model.save_pretrained(folder/name)
+            save_tokenizer(tokenizer, folder/name)
+            write_page(shutil.copy(exported, folder/name/"fast.onnx"), folder/name/"page.html")
+    folder = once(pages)
+    for name, vocab in names.items(): made[name[:6]] = SimpleNamespace(model=model, tokenizer=tokenizers[name], file=folder/name/"fast.onnx", page=folder/name/"page.html", vocab=vocab)
     return made
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with launched() as running: yield running
 
 
 @pytest.fixture
@@ -57,9 +68,9 @@ def melody(both): return both["melody"]
 
 
 @contextmanager
-def opened(path, **settings):
+def opened(chromium, path, **settings):
     "The page, from the disk, in a browser without a network; nothing may be asked for, nothing go wrong."
-    with browser(viewport={"width": 1280, "height": 900}, **settings) as page:
+    with tab(chromium, viewport={"width": 1280, "height": 900}, **settings) as page:
         page.context.set_offline(True)
         asked = []
         page.on("request", lambda r: asked.append(r.url))
@@ -72,7 +83,7 @@ def opened(path, **settings):
 def goes(page, button="Continue"):
     "Presses a button and waits for the end of what it begins; gives the first continuation, without what was given."
     page.get_by_role("button", name=button, exact=True).click()
-    expect(page.get_by_role("status")).to_contain_text("Done", timeout=20000)
+    expect(page.get_by_role("status")).to_contain_text("Done")
     return added(page)
 
 
@@ -81,10 +92,10 @@ def given(page): return page.evaluate("document.querySelector('#tokens mark')?.t
 def greedy(made, prompt, most=None): return (s := generate(made.model, made.tokenizer, [prompt], temperature=0, max_new_tokens=most)[0]).tokens[s.given:] + ([] if s.finished else ["…"])
 
 
-def test_a_drawn_digit_is_continued_as_pytorch_does(digits):
-    with opened(digits.page) as page:
+def test_a_drawn_digit_is_continued_as_pytorch_does(chromium, digits):
+    with opened(chromium, digits.page) as page:
         canvas = page.get_by_label("Drawing of 8 by 8 pixels")
-        expect(page.get_by_role("status")).to_have_text("Ready.", timeout=20000)
+        expect(page.get_by_role("status")).to_have_text("Ready.")
         page.get_by_role("button", name="Clear").click()
         page.get_by_label("Rows given").fill("3")
         box = canvas.bounding_box()
@@ -122,9 +133,9 @@ def test_a_drawn_digit_is_continued_as_pytorch_does(digits):
         expect(page.locator("caption")).to_have_text(f"Token 37, behind {tokens[3]}")
 
 
-def test_keyboard_alone(digits):
-    with opened(digits.page, color_scheme="dark", reduced_motion="reduce") as page:
-        expect(page.get_by_role("status")).to_have_text("Ready.", timeout=20000)
+def test_keyboard_alone(chromium, digits):
+    with opened(chromium, digits.page, color_scheme="dark", reduced_motion="reduce") as page:
+        expect(page.get_by_role("status")).to_have_text("Ready.")
         press = lambda *keys: [page.keyboard.press(k) for k in keys]
         focused = lambda: page.evaluate("document.activeElement.id || document.activeElement.ariaLabel")
         press("Tab")
@@ -138,7 +149,7 @@ def test_keyboard_alone(digits):
         press(*["Tab"]*5)
         assert focused() == "go"
         press("Enter")
-        expect(page.get_by_role("status")).to_contain_text("Done", timeout=20000)
+        expect(page.get_by_role("status")).to_contain_text("Done")
         prompt = given(page)
         assert len(prompt) == 16 and [s for s in prompt if not s.endswith("g0")] == ["r01c02g1"]
         press("Tab", "Tab", "ArrowDown")
@@ -147,9 +158,9 @@ def test_keyboard_alone(digits):
         assert focused() == "step" and len(added(page)) == 2
 
 
-def test_any_sequence_and_hostile_symbols(melody):
-    with opened(melody.page) as page:
-        expect(page.get_by_role("status")).to_have_text("Ready.", timeout=20000)
+def test_any_sequence_and_hostile_symbols(chromium, melody):
+    with opened(chromium, melody.page) as page:
+        expect(page.get_by_role("status")).to_have_text("Ready.")
         field = page.get_by_role("combobox")
         page.get_by_label("Temperature").fill("0")
         page.get_by_label("New tokens").fill("12")
@@ -187,11 +198,11 @@ def test_any_sequence_and_hostile_symbols(melody):
         assert page.locator("#completions option").evaluate_all("all => all.map(o => o.value)") == ["C4 D4"]
 
 
-def test_bars_show_the_model_and_the_settings(melody):
-    with opened(melody.page) as page:
+def test_bars_show_the_model_and_the_settings(chromium, melody):
+    with opened(chromium, melody.page) as page:
         page.get_by_role("combobox").fill("C4 D4 C4")
         scores = next_logits(melody.model, encode_prompt(melody.tokenizer, "C4 D4 C4"))
-        expect(page.locator("caption")).to_have_text("Token 4, behind C4", timeout=20000)
+        expect(page.locator("caption")).to_have_text("Token 4, behind C4")
         for temperature, top_k, top_p in ((1, 0, 1), (2, 0, 1), (2, 4, 1), (2, 0, 0.5), (1.5, 6, 0.9)):
             for name, value in (("Temperature", temperature), ("Top-k", top_k), ("Top-p", top_p)): page.get_by_label(name).fill(str(value))
             assert bars(page) == true_bars(melody, scores, temperature, top_k, top_p), (temperature, top_k, top_p)
@@ -223,17 +234,17 @@ def chances(made, scores, temperature, top_k, top_p):
     return dict(zip(made.vocab, found["p"][0].tolist()))
 
 
-def test_what_is_broken_is_said(melody, tmp_path):
+def test_what_is_broken_is_said(chromium, melody, tmp_path):
     page, text = tmp_path/"page.html", melody.page.read_text(encoding="utf-8")
     other = re.sub(r'"model": "[^"]*"', lambda m: f'"model": "{b64encode(gzip.compress(b"nonsense")).decode()}"', text)
     without = lambda name: text.replace("const WAYS", f"delete globalThis.{name}; const WAYS")
-    with browser() as shown: # what it writes on the console is not looked at: the runtime reports there, too
+    with tab(chromium) as shown: # what it writes on the console is not looked at: the runtime reports there, too
         for content, says in ((other, "The model fast.onnx cannot be opened; make this page anew."), (text[:-10**6], "This file is incomplete or damaged. Copy or download it again."),
                               (text.replace('"wasm": "H4sI', '"wasm": "H4sH'), "This file is incomplete or damaged."),
                               (without("WebAssembly"), "This browser does not run WebAssembly"), (without("DecompressionStream"), "This browser is too old")):
             page.write_text(content, encoding="utf-8")
             shown.goto(page.as_uri())
-            expect(shown.get_by_role("status")).to_contain_text(says, timeout=20000)
+            expect(shown.get_by_role("status")).to_contain_text(says)
             assert shown.locator("main").is_hidden()
 
 

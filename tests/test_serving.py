@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
@@ -21,12 +22,12 @@ import pytest
 import torch
 from conftest import refused, seqgpt
 from prometheus_client.parser import text_string_to_metric_families
-from test_page import MELODY, talker
+from test_page import MELODY, talker, talking
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from seqgpt.export import OnnxModel, to_onnx
+from seqgpt.export import OnnxModel
 from seqgpt.inference import generate
-from seqgpt.serving import HEADERS, Service, make_app, running
+from seqgpt.serving import ARRIVAL, HEADERS, Service, make_app, running
 from seqgpt.tokenizer import InputError, make_tokenizer, save_tokenizer
 
 BOS, EOS, SPECIAL = 1, 8, {1, 3, 8, 11}
@@ -45,8 +46,8 @@ def made():
 @contextmanager
 def served(made, key=None, hosts=["*"], **limits):
     "A service: `url`, `http` and `openai` are its address and two clients of it."
-    service = Service((made.model, made.tokenizer), (made.classifier, made.tokenizer), {"clm": "melody", "classification": "mood"}, **limits)
-    with running(make_app(service, key, hosts)) as url, httpx.Client(base_url=url, timeout=60) as http, openai.OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0) as client:
+    service = Service((made.model, made.tokenizer), (made.classifier, made.tokenizer), {"clm": "melody", "classification": "mood"}, **{"most_seconds": 3600} | limits)
+    with running(make_app(service, key, hosts)) as url, httpx.Client(base_url=url, timeout=600) as http, openai.OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0) as client:
         service.url, service.http, service.openai = url, http, client
         yield service
 
@@ -59,12 +60,44 @@ def service(made):
 def state(service): return service.http.get("/healthz").json()
 
 
+def wait(condition, minutes=5):
+    "Until something is so, however busy this machine is."
+    until = time.monotonic() + 60*minutes
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def free(service):
     "Waits until nothing is under way."
-    until = time.monotonic() + 20
-    while state(service) != {"status": "ok", "running": 0, "waiting": 0}:
-        assert time.monotonic() < until, state(service)
-        time.sleep(0.01)
+    wait(lambda: state(service) == {"status": "ok", "running": 0, "waiting": 0})
+
+
+@contextmanager
+def held(engine, steps=0):
+    "Until the end of the block, the engine makes only so many more steps, and as many again as `more` is told."
+    turn, last = engine.turn, [engine.steps + steps]
+    def more(steps):
+        last[0] = engine.steps + steps
+        wait(lambda: engine.steps == last[0])
+    engine.turn = lambda: turn() if engine.steps < last[0] else time.sleep(0.005)
+    try: yield more
+    finally: engine.turn = turn
+
+
+def send(service, **fields):
+    "A line on which a request for completions was sent; nobody reads the answer."
+    line, body = socket.socket(), json.dumps(fields).encode()
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    line.settimeout(600)
+    line.connect(("127.0.0.1", urlsplit(service.url).port))
+    line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    return line
+
+
+def answered(service, status):
+    "How many requests for completions were answered so; without asking the service."
+    return service.registry.get_sample_value("seqgpt_request_seconds_count", {"path": "/v1/completions", "status": str(status)}) or 0
 
 
 def some(n=6, seed=0):
@@ -88,11 +121,12 @@ def scores(model, ids):
 
 def test_greedy_completions_are_those_of_transformers(made, service):
     for ids in some():
+        begun = int(time.time())
         with torch.no_grad(): expected = made.model.generate(torch.tensor([[BOS, *ids]]), do_sample=False, max_new_tokens=79 - len(ids), bad_words_ids=[[1], [3], [11]], pad_token_id=3)[0, 1 + len(ids):].tolist()
         answer = service.openai.completions.create(model="melody", prompt=text(ids), temperature=0)
         choice, ended = answer.choices[0], expected[-1] == EOS
         assert choice.text == " " + text(expected[:-1] if ended else expected) and choice.finish_reason == ("stop" if ended else "length")
-        assert answer.object == "text_completion" and answer.model == "melody" and answer.id.startswith("cmpl-") and abs(answer.created - time.time()) < 60
+        assert answer.object == "text_completion" and answer.model == "melody" and answer.id.startswith("cmpl-") and begun <= answer.created <= time.time()
         assert answer.usage.model_dump(include={"prompt_tokens", "completion_tokens", "total_tokens"}) == {"prompt_tokens": 1 + len(ids), "completion_tokens": len(expected), "total_tokens": 1 + len(ids) + len(expected)}
 
 
@@ -118,7 +152,7 @@ def test_samples_are_those_of_generate(made, service, fields):
 
 
 def test_without_a_seed_answers_differ(service):
-    assert len({service.openai.completions.create(model="melody", prompt="", max_tokens=10).choices[0].text for _ in range(5)}) > 1
+    assert len({service.openai.completions.create(model="melody", prompt="", max_tokens=40, temperature=2).choices[0].text for _ in range(5)}) > 1
 
 
 def test_log_probabilities_are_the_models_own(made, service):
@@ -196,12 +230,20 @@ def test_null_is_the_default(service):
 def test_those_that_come_together_get_what_each_would_get_alone(made):
     dice = np.random.default_rng(0)
     requests = [dict(prompt=ids, seed=k, max_tokens=int(dice.integers(1, 30)), n=int(dice.integers(1, 4)), temperature=float(dice.choice([0, 0.7, 1, 1.5])), top_p=float(dice.choice([0.5, 1])),
-                     top_k=int(dice.choice([0, 3])), repetition_penalty=float(dice.choice([1, 1.3]))) for k, ids in enumerate(some(40, seed=7))]
-    with served(made, most_running=7) as service:
-        def ask(k):
-            time.sleep(0.02*(k % 5))
-            return service.http.post("/v1/completions", json={**requests[k], "return_token_ids": True}).json()
-        with ThreadPoolExecutor(20) as pool: answers = [*pool.map(ask, range(len(requests)))]
+                     top_k=int(dice.choice([0, 3])), repetition_penalty=float(dice.choice([1, 1.3]))) for k, ids in enumerate(some(30, seed=7))]
+    with served(made, most_running=7) as service, ThreadPoolExecutor(len(requests)) as pool:
+        ask = lambda fields: service.http.post("/v1/completions", json={**fields, "return_token_ids": True}).json()
+        def come(some):
+            queued = service.engine.queued()
+            asked = [pool.submit(ask, fields) for fields in some]
+            wait(lambda: service.engine.queued() == queued + sum(fields["n"] for fields in some))
+            return asked
+        with held(service.engine) as more:
+            first = come(requests[:15])
+            more(10)
+            assert len(service.engine.running) == 7
+            answers = first + come(requests[15:]) # while others are under way
+        answers = [a.result() for a in answers]
         assert service.engine.tokens/service.engine.steps > 3 # they did share steps
         for fields, answer in zip(requests, answers):
             ids, n, first = fields.pop("prompt"), fields.pop("n"), fields.pop("seed")
@@ -209,40 +251,50 @@ def test_those_that_come_together_get_what_each_would_get_alone(made):
         free(service)
 
 
-def test_a_long_queue_of_classes_does_not_hold_up_tokens(made, service):
-    with service.openai.completions.create(model="melody", prompt="", max_tokens=40, stream=True) as stream:
-        next(stream)
-        with ThreadPoolExecutor(8) as pool:
-            asked = [pool.submit(service.http.post, "/v1/classify", json={"input": some(200, seed=k)}) for k in range(8)]
-            assert sum(1 for _ in stream) > 0 and not all(a.done() for a in asked)
-            assert all(a.result().status_code in (200, 429) for a in asked)
+def test_a_long_queue_of_classes_does_not_hold_up_tokens(made):
+    with served(made) as service, ThreadPoolExecutor(8) as pool:
+        calls, do = [], service.engine.do
+        service.engine.do = lambda call: do(lambda: (calls.append(service.engine.steps), call())[1]) # with how many steps were made before
+        with held(service.engine, 1):
+            stream = service.openai.completions.create(model="melody", prompt=some(1, seed=6)[0], temperature=0, max_tokens=40, stream=True)
+            next(stream)
+            asked = [pool.submit(service.http.post, "/v1/classify", json={"input": some(128, seed=k)}) for k in range(8)]
+            wait(lambda: len(service.engine.work) == 8)
+        assert sum(1 for _ in stream) > 10
+        assert all(a.result().status_code == 200 for a in asked)
+        assert calls.count(1) == 1 and len(calls) == 64 and calls[-1] == service.engine.steps # one between two steps; the last ones after the last step
 
 
 def test_who_wants_one_does_not_wait_for_all_of_who_wants_many(made):
-    with served(made, most_running=4) as service:
-        many = service.openai.completions.create(model="melody", prompt="C4", n=60, stream=True)
-        next(many)
-        assert service.openai.completions.create(model="melody", prompt="C4").choices[0].text
-        assert state(service)["waiting"] > 30
+    with served(made, most_running=4) as service, ThreadPoolExecutor(1) as pool:
+        left, post, ask = [], service.engine.post, partial(service.openai.completions.create, model="melody", prompt="C4")
+        def posted(pieces): # how many wait when the one has ended
+            left.extend(service.engine.queued() for c, _, finish in pieces if finish and c.dice.initial_seed() == 0)
+            post(pieces)
+        service.engine.post = posted
+        with held(service.engine, 1):
+            many = ask(n=60, seed=100, stream=True)
+            next(many)
+            one = pool.submit(ask, seed=0)
+            wait(lambda: service.engine.queued() == 57)
+        assert one.result().choices[0].text
+        assert len(left) == 1 and left[0] > 30
         assert {c.index for part in many for c in part.choices if c.finish_reason} == {*range(60)}
 
 
 def test_a_full_queue_says_when_to_come_again(made):
-    with served(made, most_running=1, most_waiting=3) as service:
-        turn = service.engine.turn
-        service.engine.turn = lambda: time.sleep(0.005) # stands still
-        with ThreadPoolExecutor(8) as pool:
+    with served(made, most_running=1, most_waiting=3) as service, ThreadPoolExecutor(8) as pool:
+        with held(service.engine):
             first = [pool.submit(service.openai.completions.create, model="melody", prompt="C4", seed=k) for k in range(3)]
-            while state(service)["waiting"] < 3: time.sleep(0.01)
-            try:
-                for path, body in (("completions", {"prompt": "C4"}), ("completions", {"prompt": "C4", "stream": True}), ("classify", {"input": "C4"}), ("score", {"input": "C4"})):
-                    answer = service.http.post(f"/v1/{path}", json=body)
-                    assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1 and answer.json()["error"]["type"] == "rate_limit_error" and answer.json()["error"]["code"] == "queue_full"
-                with pytest.raises(openai.RateLimitError): service.openai.completions.create(model="melody", prompt="C4")
-                patient = pool.submit(service.openai.with_options(max_retries=5).completions.create, model="melody", prompt="C4") # the client comes again by itself
-                time.sleep(0.3)
-            finally: service.engine.turn = turn
-            assert all(f.result().choices[0].text for f in [*first, patient])
+            wait(lambda: state(service)["waiting"] == 3)
+            for path, body in (("completions", {"prompt": "C4"}), ("completions", {"prompt": "C4", "stream": True}), ("classify", {"input": "C4"}), ("score", {"input": "C4"})):
+                answer = service.http.post(f"/v1/{path}", json=body)
+                assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1 and answer.json()["error"]["type"] == "rate_limit_error" and answer.json()["error"]["code"] == "queue_full"
+            with pytest.raises(openai.RateLimitError): service.openai.completions.create(model="melody", prompt="C4")
+            wait(lambda: answered(service, 429) == 3)
+            patient = pool.submit(service.openai.with_options(max_retries=100).completions.create, model="melody", prompt="C4", seed=0) # the client comes again by itself
+            wait(lambda: answered(service, 429) > 3)
+        assert all(f.result().choices[0].text for f in [*first, patient])
         free(service)
         too_many = service.http.post("/v1/completions", json={"prompt": "C4", "n": 4})
         assert too_many.status_code == 400 and "at most 3" in too_many.json()["error"]["message"] # waiting would not help
@@ -251,34 +303,27 @@ def test_a_full_queue_says_when_to_come_again(made):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_places(made, stream):
     with served(made, most_running=4) as service:
-        turn = service.engine.turn
-        service.engine.turn = lambda: (turn(), time.sleep(0.02))
-        host, port = urlsplit(service.url).netloc.split(":")
-        body = json.dumps({"prompt": "C4", "n": 100, "stream": stream}).encode()
-        with closing(socket.create_connection((host, int(port)))) as line:
-            line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-            while state(service)["running"] < 4 or state(service)["waiting"] < 90: time.sleep(0.01)
-        before = service.engine.tokens
+        with held(service.engine, 3):
+            with closing(send(service, prompt="C4", seed=0, n=100, stream=stream)): wait(lambda: service.engine.steps == 3)
+            assert len(service.engine.running) == 4 and service.engine.tokens == 12
+            wait(lambda: state(service)["waiting"] == 0 and all(c.gone for c in service.engine.running))
         free(service)
-        assert service.engine.tokens - before < 200 # of thousands
+        assert service.engine.tokens == 12 # of thousands
 
 
-def test_a_slow_client_does_not_hold_up_others_and_is_given_up(made, monkeypatch, capfd):
-    monkeypatch.setattr("seqgpt.serving.ARRIVAL", 0.5)
-    with served(made, most_seconds=3) as service:
-        host, port = urlsplit(service.url).netloc.split(":")
-        body = json.dumps({"prompt": "", "n": 120, "stream": True, "logprobs": 100}).encode()
-        with closing(socket.socket()) as line:
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            line.connect((host, int(port)))
-            line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)) # and never reads
-            while not state(service)["running"]: time.sleep(0.01)
-            assert service.openai.completions.create(model="melody", prompt="C4").choices[0].text
+def test_a_slow_client_does_not_hold_up_others_and_is_given_up(made, capfd):
+    with served(made, most_running=4) as service:
+        much = dict(prompt="", seed=0, n=60, stream=True, logprobs=100) # more than fits into the buffers on the way
+        with closing(send(service, **much)):
+            wait(lambda: service.engine.steps > 0)
+            assert service.openai.completions.create(model="melody", prompt="C4", seed=0).choices[0].text
             free(service)
-            until = time.monotonic() + 15
-            while not seen(service, "seqgpt_request_seconds_count", path="/v1/completions", status="200") == 2:
-                assert time.monotonic() < until # the request ends, though nobody reads
-                time.sleep(0.05)
+        wait(lambda: answered(service, 200) == 2)
+        with held(service.engine, 1):
+            line = send(service, **much)
+            assert line.recv(12) == b"HTTP/1.1 200"
+            service.most_seconds = 2 - ARRIVAL # two seconds after the request came, what is still to be sent is given up
+        with closing(line): wait(lambda: answered(service, 200) == 3) # the request ends, though nobody reads
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -403,8 +448,8 @@ def test_headers_for_browsers(service):
 
 def test_a_request_that_is_too_large_is_refused_and_not_kept(made):
     with served(made, most_bytes=10_000) as service:
-        before = psutil.Process().memory_info().rss
         answer = service.http.post("/v1/completions", json={"prompt": "C4 "*4000})
+        before = psutil.Process().memory_info().rss
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "too_large" and "10,000 bytes" in answer.json()["error"]["message"]
         assert service.http.post("/v1/completions", content=(b" "*100_000 for _ in range(1000))).status_code == 413
         assert psutil.Process().memory_info().rss - before < 30e6 # of a hundred
@@ -416,20 +461,21 @@ def test_a_request_that_never_arrives_is_given_up(made, monkeypatch):
     monkeypatch.setattr("seqgpt.serving.ARRIVAL", 0.5)
     with served(made) as service, closing(socket.create_connection(urlsplit(service.url).netloc.split(":"))) as line:
         line.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"prompt"')
-        line.settimeout(10)
+        line.settimeout(600)
         assert line.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_takes_too_long_is_given_up(made, stream):
     with served(made, most_seconds=0.5) as service:
-        turn = service.engine.turn
-        service.engine.turn = lambda: (turn(), time.sleep(0.1))
-        answer = service.http.post("/v1/completions", json={"prompt": "C4", "stream": stream, "logit_bias": None, "temperature": 0, "stop": None})
+        begun, over, turn, submit = threading.Event(), threading.Event(), service.engine.turn, service.engine.submit
+        service.engine.turn = lambda: (turn(), begun.set(), over.wait()) # one step, and no more
+        service.engine.submit = lambda made: (submit(made), begun.wait()) # the first tokens are there in time
+        try: answer = service.http.post("/v1/completions", json={"prompt": "C4", "stream": stream, "logit_bias": None, "temperature": 0, "stop": None})
+        finally: over.set()
         error = json.loads(answer.text.split("\n\n")[-3][6:] if stream else answer.text)["error"]
         assert answer.status_code == (200 if stream else 504) and error["code"] == "timeout" and "0.5 seconds" in error["message"]
         if stream: assert answer.text.endswith("data: [DONE]\n\n")
-        del service.engine.turn
         free(service)
 
 
@@ -489,7 +535,7 @@ def test_it_keeps_to_its_own_description(made, tmp_path):
     (tmp_path/"schemathesis.toml").write_text('[checks.negative_data_rejection]\nexpected-statuses = [400, 401, 404, 413, 422]\n') # 413: what is wrong may also be too long
     with served(made, most_bytes=20_000) as service:
         # a description cannot say which symbols there are and how many fit; so what is in order by it may still be refused
-        result = subprocess.run(["schemathesis", "run", f"{service.url}/openapi.json", "--max-examples", "20", "--seed", "1", "--workers", "2", "--exclude-checks", "positive_data_acceptance"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(["schemathesis", "run", f"{service.url}/openapi.json", "--max-examples", "10", "--seed", "1", "--workers", "2", "--exclude-checks", "positive_data_acceptance"], cwd=tmp_path, capture_output=True, text=True, timeout=3600)
         assert result.returncode == 0, result.stdout[-6000:]
         free(service)
 
@@ -515,23 +561,27 @@ def command(*args, **env):
             if found := re.search(r"^Serving (.+) at (http://\S+)$", line): break
         else: raise AssertionError("".join(said))
         process.names, process.url = found[1], found[2]
-        until = time.monotonic() + 60
-        while True:
-            try:
-                if httpx.get(f"{process.url}/healthz").status_code == 200: break
-            except httpx.TransportError: assert time.monotonic() < until
-            time.sleep(0.05)
+        def answers():
+            with suppress(httpx.TransportError): return httpx.get(f"{process.url}/healthz", timeout=60).status_code == 200
+        wait(answers)
         yield process
     finally:
         process.kill()
         process.communicate()
 
 
+def quiet_port():
+    "A free port that no other program is given by chance: systems hand out those from 32768 or 49152 on."
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with suppress(OSError), closing(socket.create_server(("127.0.0.1", port))): return port
+
+
 def test_killing_loses_only_what_was_begun_and_stopping_not_even_that(folder):
     fields = dict(model="tunes", prompt="C4", seed=3, n=32, top_p=0.9)
-    with command("--model_path", folder, "--port", 0, "--model_name", "tunes") as process, openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
-        expected, port = client.completions.create(**fields), urlsplit(process.url).port
-        stream = client.completions.create(**fields, stream=True)
+    port = quiet_port()
+    with command("--model_path", folder, "--port", port, "--model_name", "tunes") as process, openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
+        expected = client.completions.create(**fields)
+        stream = client.completions.create(**fields | {"n": 120}, logprobs=100, stream=True) # more than fits into the buffers on the way
         next(stream)
         process.kill()
         with pytest.raises((httpx.TransportError, openai.APIError)): parts = [*stream] # a client can tell that this is not the end
@@ -549,7 +599,7 @@ def test_killing_loses_only_what_was_begun_and_stopping_not_even_that(folder):
         process.send_signal(signal.SIGTERM)
         parts += [*stream]
         for k, choice in enumerate(expected.choices): assert "".join(c.text for p in parts for c in p.choices if c.index == k) == choice.text
-        assert process.wait(30) == 0 and "Stopped." in process.stdout.read()
+        assert process.wait(600) == 0 and "Stopped." in process.stdout.read()
         with pytest.raises(openai.APIConnectionError): client.models.list()
 
 
@@ -557,12 +607,12 @@ def test_killing_loses_only_what_was_begun_and_stopping_not_even_that(folder):
 def test_a_second_signal_ends_it_at_once(folder):
     with command("--model_path", folder, "--host", "::1", "--port", 0) as process:
         assert httpx.get(f"{process.url}/v1/models").status_code == 200 and httpx.get(f"{process.url}/v1/models", headers={"host": "[::2]"}).status_code == 400
-        lines = httpx.Client(base_url=process.url, timeout=60).stream("POST", "/v1/completions", json={"prompt": "", "n": 256, "stream": True})
+        lines = httpx.Client(base_url=process.url, timeout=600).stream("POST", "/v1/completions", json={"prompt": "", "n": 256, "stream": True})
         with lines as answer, pytest.raises(httpx.TransportError):
             for k, _ in enumerate(answer.iter_lines()):
                 if k in (3, 30): process.send_signal(signal.SIGINT)
             raise httpx.ReadError("the server was given the time to send everything, with an error")
-        assert process.wait(20) in (0, 130) and "terminate called" not in process.stdout.read()
+        assert process.wait(600) in (0, 130) and "terminate called" not in process.stdout.read()
 
 
 def test_what_cannot_be_served_is_said_in_words(folder, tmp_path, monkeypatch):
@@ -580,12 +630,12 @@ def test_what_cannot_be_served_is_said_in_words(folder, tmp_path, monkeypatch):
     refused(serve("--model_path", folder, "--prot", 1), "--port")
 
 
-def test_exported_models_are_served(made, tmp_path):
-    to_onnx(made.model, tmp_path/"fast.onnx", "in place")
-    made.model.config.save_pretrained(tmp_path)
-    with running(make_app(Service((OnnxModel(tmp_path/"fast.onnx", "clm"), made.tokenizer)))) as url:
+def test_exported_models_are_served(made, once):
+    folder = once(talking)
+    made.model.config.save_pretrained(folder)
+    with running(make_app(Service((OnnxModel(folder/"fast.onnx", "clm"), made.tokenizer), most_seconds=3600))) as url:
         prompts = some(9, seed=12)
-        with ThreadPoolExecutor(9) as pool: answers = [*pool.map(lambda ids: httpx.post(f"{url}/v1/completions", json={"prompt": ids, "temperature": 0, "return_token_ids": True}, timeout=60).json(), prompts)]
+        with ThreadPoolExecutor(9) as pool: answers = [*pool.map(lambda ids: httpx.post(f"{url}/v1/completions", json={"prompt": ids, "temperature": 0, "return_token_ids": True}, timeout=600).json(), prompts)]
         for ids, answer in zip(prompts, answers): assert said(answer["choices"][0]) == drawn(made, ids, temperature=0)
     with pytest.raises(InputError, match="in place"): Service((SimpleNamespace(cache="passed", file="model.onnx"), made.tokenizer))
 
@@ -597,8 +647,8 @@ def test_under_load_every_request_is_answered_and_memory_stays(made):
     with served(made, most_running=16, most_waiting=64) as service:
         def client(k):
             dice = np.random.default_rng(k)
-            with httpx.Client(base_url=service.url, timeout=60) as http:
-                for _ in range(25):
+            with httpx.Client(base_url=service.url, timeout=600) as http:
+                for _ in range(12):
                     kind, body = str(dice.choice([*counts])), {"prompt": dice.choice(PLAIN, dice.integers(0, 20)).tolist(), "max_tokens": int(dice.integers(1, 40)), "n": int(dice.integers(1, 4))}
                     if not body["prompt"]: body["prompt"] = ""
                     try:
@@ -612,7 +662,7 @@ def test_under_load_every_request_is_answered_and_memory_stays(made):
                     except Exception as e: wrong.append((kind, repr(e)))
                     counts[kind] += 1
         def burst(first):
-            threads = [threading.Thread(target=client, args=(first + k,)) for k in range(24)]
+            threads = [threading.Thread(target=client, args=(first + k,)) for k in range(16)]
             for t in threads: t.start()
             for t in threads: t.join()
             free(service)
@@ -620,5 +670,5 @@ def test_under_load_every_request_is_answered_and_memory_stays(made):
         before, after = burst(0), burst(100)
         assert wrong == [] and all(counts.values())
         assert after - before < 30e6
-        port, until = urlsplit(service.url).port, time.monotonic() + 10
-        while any(c.laddr.port == port and c.status == psutil.CONN_CLOSE_WAIT for c in own.net_connections()): assert time.monotonic() < until
+        port = urlsplit(service.url).port
+        wait(lambda: not any(c.laddr.port == port and c.status == psutil.CONN_CLOSE_WAIT for c in own.net_connections()))
