@@ -163,8 +163,8 @@ def classifier(melodies, once):
     "The folder of a language model of the melodies, and of a classifier made from it."
     def classifier(folder):
         write_named(folder, melodies)
-        assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--num_epochs", 4, "--max_length", 16, *TINY, cwd=folder).returncode == 0
-        result = installed("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c", "--num_epochs", 30, "--learning_rate", 1e-2, "--batch_size", 16, cwd=folder)
+        assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--num_epochs", 4, "--max_length", 16, *TINY, cwd=folder, bare=True).returncode == 0
+        result = seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c", "--num_epochs", 30, "--learning_rate", 1e-2, "--batch_size", 16, cwd=folder)
         assert result.returncode == 0, result.stderr
         (folder/"printed.txt").write_text(result.stdout)
     return once(classifier)

@@ -266,7 +266,7 @@ SETTINGS = {
     "model: {activation_function: [gelu]}": ["activation_function"], "model: {use_cache: 7}": ["use_cache"], "model: {n_inner: many}": ["n_inner"], "model: {bos_token_id: 2}": ["bos_token_id"], "model: {id2label: {}}": ["id2label"], "task: classification\nlong: split": ["long is 'split'"], "resume: true\noverwrite: true": ["one of"], "pad_token: <eos>": ["four different symbols"], "unk_token: nothing": ["'nothing', named as the unk_token"],
     "validation_path: nowhere": ["nowhere"], "validation_path: vocab.json": ["cannot be used"], "init_from: nowhere": ["no config.json there"], "init_from: .": ["no config.json there"], "new_symbols: zero": ["normal", "random"], "frozen_layers: -1": ["frozen_layers is -1"], "frozen_layers: 1": ["--init_from"], "lora_rank: 4": ["--init_from"], "lora_rank: 1000000": ["lora_rank is 1000000"], "data_path: .\noutput_dir: .": ["is the folder of the data"], "output_dir: data.jsonl": ["data.jsonl"],
 }
-UNKNOWN = {"cache_dir: data.jsonl": ["data.jsonl"], "learning_rat: 1": ["'learning_rat'", "--learning_rate"], "Seed: 1": ["'Seed'"], "1: 2": [], "? [a, b]\n: 1": []}
+UNKNOWN = {"learning_rat: 1": ["'learning_rat'", "--learning_rate"], "Seed: 1": ["'Seed'"], "1: 2": [], "? [a, b]\n: 1": []}
 SETTINGS_FILES = {"dangling link": lambda p: p.symlink_to("nowhere"), "folder": Path.mkdir, "pipe": os.mkfifo, "loop": lambda p: p.symlink_to(p.name), "/dev/zero": lambda p: p.symlink_to("/dev/zero"), "2 MiB": lambda p: p.write_text("# x\n" * 2**19), "a terabyte": lambda p: (p.touch(), os.truncate(p, 2**40)), "Latin-1": lambda p: p.write_bytes(b"long: \xe9"), "UTF-16": lambda p: p.write_bytes("seed: 1".encode("utf-16-le")), "random": lambda p: p.write_bytes(bytes(range(256)))}
 
 

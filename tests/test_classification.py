@@ -114,7 +114,7 @@ def test_a_language_model_is_no_classifier_and_the_other_way_round(classifier):
 
 
 def test_evaluate_other_data(classifier, tmp_path):
-    ask = lambda *args: seqgpt("evaluate", "--model_path", classifier/"c/best_model", "--data_path", "data.jsonl", "--out_dir", "e", *args, cwd=tmp_path)
+    ask = lambda *args: seqgpt("evaluate", "--model_path", classifier/"c/best_model", "--data_path", "data.jsonl", "--out_dir", "e", *args, cwd=tmp_path, drawn=False)
     write_lines(tmp_path, [{"tokens": NOTES, "label": "up"}, {"tokens": NOTES[::-1], "label": "down"}, {"tokens": NOTES}, {"tokens": ["H4"], "label": "up"}, {"tokens": NOTES[::-1], "label": "down $"}])
     refused(ask(), "3 of 5 lines", "unknown label: 1, at line 2 ('down')", "label missing: 1, at line 3", "--skip_bad_lines")
     result = ask("--skip_bad_lines")
@@ -133,14 +133,14 @@ def test_evaluate_without_the_training_data(classifier, tmp_path):
     write_lines(tmp_path, [{"tokens": NOTES, "label": "up"}, {"tokens": NOTES[::-1], "label": "down $"}])
     (tmp_path/"data.jsonl").rename(tmp_path/"other.jsonl")
     refused(seqgpt("evaluate", "--model_path", "m", cwd=tmp_path), "data.jsonl", "--data_path")
-    result = seqgpt("evaluate", "--model_path", "m", "--data_path", "other.jsonl", cwd=tmp_path)
+    result = seqgpt("evaluate", "--model_path", "m", "--data_path", "other.jsonl", cwd=tmp_path, drawn=False)
     assert result.returncode == 0 and "SVM" not in result.stdout and "this model" in result.stdout, result.stderr
 
 
 def test_evaluate_says_what_was_trained_on(classifier, tmp_path):
     lines = open(classifier/"data.jsonl").read().splitlines()
     learned = {lines[k] for k in json.loads((classifier/"c/split.json").read_text())["train"]}
-    result = seqgpt("evaluate", "--model_path", "c/best_model", "--data_path", "data.jsonl", "--out_dir", tmp_path/"e", cwd=classifier)
+    result = seqgpt("evaluate", "--model_path", "c/best_model", "--data_path", "data.jsonl", "--out_dir", tmp_path/"e", cwd=classifier, drawn=False)
     assert f"{sum(line in learned for line in lines)} of them stand in the training set" in result.stdout, result.stderr
 
 
@@ -161,9 +161,9 @@ def test_missing_labels_are_refused_with_their_lines(melodies, tmp_path):
     write_lines(tmp_path/"none", [{"tokens": t} for t, _ in melodies])
     refused(seqgpt("train", "--task", "classification", "--data_path", "none", cwd=tmp_path), "label missing: 200, at line 1, line 2, line 3 and more", '"label": "name"')
     assert not (tmp_path/"outputs").exists()
-    result = seqgpt(*TRAIN, "--max_steps", 2, "--skip_bad_lines", cwd=tmp_path)
+    result = seqgpt(*TRAIN, "--max_steps", 2, "--skip_bad_lines", cwd=tmp_path, bare=True)
     assert result.returncode == 0 and "3 bad lines left out" in result.stdout
-    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--max_steps", 1, "--max_length", 16, "--skip_bad_lines", *TINY, cwd=tmp_path).returncode == 0 # no labels needed
+    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--max_steps", 1, "--max_length", 16, "--skip_bad_lines", *TINY, cwd=tmp_path, bare=True).returncode == 0 # no labels needed
 
 
 def test_labels_that_cannot_be_told_apart_or_are_new(melodies, tmp_path):
@@ -188,7 +188,7 @@ def test_many_classes_of_every_size(tmp_path):
 
 def test_labels_that_are_numbers_are_in_their_order(melodies, tmp_path):
     write_lines(tmp_path, [{"tokens": t, "label": [10, "9"][l]} for t, l in melodies])
-    assert seqgpt(*TRAIN, "--max_steps", 2, cwd=tmp_path).returncode == 0
+    assert seqgpt(*TRAIN, "--max_steps", 2, cwd=tmp_path, bare=True).returncode == 0
     assert json.loads((tmp_path/"outputs/best_model/config.json").read_text())["id2label"] == {"0": "9", "1": "10"}
 
 
@@ -198,7 +198,7 @@ def test_balanced_weights_turn_the_guess_to_the_rare_class(tmp_path):
     write_lines(tmp_path, [{"tokens": rng.choice(NOTES, 4).tolist(), "label": int(k % 10 == 0)} for k in range(600)])
     shares = {}
     for weights in ("none", "balanced"):
-        assert seqgpt(*TRAIN, "--num_epochs", 3, "--class_weights", weights, "--output_dir", weights, cwd=tmp_path).returncode == 0
+        assert seqgpt(*TRAIN, "--num_epochs", 3, "--class_weights", weights, "--output_dir", weights, cwd=tmp_path, bare=True).returncode == 0
         result = seqgpt("infer", "--model_path", f"{weights}/best_model", "--mode", "classify", "--num_prompts", 120, "--out_dir", f"p_{weights}", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         shares[weights] = np.mean([json.loads(line)["probabilities"]["1"] for line in open(tmp_path/f"p_{weights}/predictions.jsonl")])
@@ -218,7 +218,7 @@ def test_mistakes_are_refused_and_nothing_is_written(args, words, named):
 # --- starting from a trained model
 
 def test_starts_from_the_body_the_data_and_the_split_of_the_language_model(classifier, tmp_path):
-    tune = lambda *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", tmp_path/"c", "--max_steps", 1, "--learning_rate", 1e-30, "--weight_decay", 0, *args, cwd=classifier)
+    tune = lambda *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", tmp_path/"c", "--max_steps", 1, "--learning_rate", 1e-30, "--weight_decay", 0, *args, cwd=classifier, bare=True)
     assert tune().returncode == 0
     before, after = load_file(classifier/"lm/best_model/model.safetensors"), load_file(tmp_path/"c/final_model/model.safetensors")
     body = [name for name in before if name.startswith("transformer.")]
@@ -229,7 +229,7 @@ def test_starts_from_the_body_the_data_and_the_split_of_the_language_model(class
 
 
 def test_contradictions_to_the_model_it_starts_from(classifier, tmp_path):
-    tune = lambda *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", tmp_path/"c", "--max_steps", 1, *args, cwd=classifier)
+    tune = lambda *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", tmp_path/"c", "--max_steps", 1, *args, cwd=classifier, bare=True)
     refused(tune("--n_layer", 3), "n_layer is 3", "has 1", "--n_layer")
     refused(tune("--n_layer", 6), "n_layer is 6", "has 1") # the default, but named
     refused(tune("--output_dir", "lm", "--overwrite"), "holds the model to start from")
@@ -242,8 +242,8 @@ def test_contradictions_to_the_model_it_starts_from(classifier, tmp_path):
 def test_says_which_validation_sequences_were_seen(tmp_path):
     rng = np.random.default_rng(0)
     write_lines(tmp_path, [{"tokens": rng.choice(NOTES, 10).tolist(), "label": int(rng.integers(2))} for _ in range(200)])
-    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--max_steps", 1, "--max_length", 16, *TINY, cwd=tmp_path).returncode == 0
-    tune = lambda out, *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", out, "--max_steps", 1, *args, cwd=tmp_path).stdout
+    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--max_steps", 1, "--max_length", 16, *TINY, cwd=tmp_path, bare=True).returncode == 0
+    tune = lambda out, *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", out, "--max_steps", 1, *args, cwd=tmp_path, bare=True).stdout
     assert "was trained on" not in tune("same")
     said = re.search(r"was trained on (\d+) of the sequences to validate on.* --seed .* 42", tune("other", "--data_path", "data.jsonl", "--seed", 7))
     splits = [json.loads((tmp_path/name/"split.json").read_text()) for name in ("lm", "other")]
@@ -253,7 +253,7 @@ def test_says_which_validation_sequences_were_seen(tmp_path):
 
 
 def test_a_language_model_goes_on_from_a_language_model(classifier, tmp_path):
-    result = seqgpt("train", "--init_from", "lm/best_model", "--output_dir", tmp_path/"more", "--num_epochs", 2, "--learning_rate", 3e-3, cwd=classifier)
+    result = seqgpt("train", "--init_from", "lm/best_model", "--output_dir", tmp_path/"more", "--num_epochs", 2, "--learning_rate", 3e-3, cwd=classifier, bare=True)
     assert result.returncode == 0, result.stderr
     first = float(re.search(r"^ *1\.00 +\d+ +[\d.]+ +([\d.]+)", result.stdout, re.M)[1])
     assert first < 1.05*json.loads((classifier/"lm/best_model/metrics.json").read_text())["perplexity"] # a new model begins above it
@@ -261,11 +261,11 @@ def test_a_language_model_goes_on_from_a_language_model(classifier, tmp_path):
 
 def test_resumed_classifier_ends_with_the_same_weights(named):
     args = [*TRAIN, "--precision", "fp32", "--eval_steps", 5, "--class_weights", "balanced"]
-    assert seqgpt(*args, "--max_steps", 20, "--output_dir", "through", cwd=named).returncode == 0
+    assert seqgpt(*args, "--max_steps", 20, "--output_dir", "through", cwd=named, bare=True).returncode == 0
     shutil.copytree(named/"through", named/"cut")
     for name in ("cut/final_model", "cut/checkpoints/checkpoint-20"): shutil.rmtree(named/name)
     refused(seqgpt(*args, "--max_steps", 20, "--output_dir", "cut", "--resume", "--class_weights", "none", cwd=named), "class_weights (was balanced, is none)")
-    result = seqgpt(*args, "--max_steps", 20, "--output_dir", "cut", "--resume", cwd=named)
+    result = seqgpt(*args, "--max_steps", 20, "--output_dir", "cut", "--resume", cwd=named, bare=True)
     assert result.returncode == 0 and "Going on from cut/checkpoints/checkpoint-" in result.stdout, result.stderr
     assert (named/"cut/final_model/model.safetensors").read_bytes() == (named/"through/final_model/model.safetensors").read_bytes()
 
