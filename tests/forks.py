@@ -2,13 +2,23 @@
 
 `python forks.py`, then a job on each line of standard input, as JSON; the answer is a line of standard output. A job works in the folder `cwd`.
 
-- `page`: a notebook, run from top to bottom as `nbdev-test` does; also its cells marked with one of `flags`. The answer: whether it `passed`, and what was `printed`.
-- `argv` of `seqgpt`, with these if wanted: `event`, `seconds` or `step`: a `signal` (default: SIGKILL) comes after so many file operations, after so long, or at the end of that step (to the
-  last process only); `processes`, that train together; `runs`, at the same time. The answer is a list, for each process: exit code (-9: killed), what was printed, number of file operations.
+- `page`: a notebook, run from top to bottom as `nbdev-test` does; also its cells marked with one of `flags`. Or `code`, run as a script. The answer: whether it `passed`, and what was `printed`.
+- `argv` of `seqgpt`, with these if wanted:
+  - `event`, `seconds` or `step`: a `signal` (default: SIGKILL) comes after so many file operations, after so long, or at the end of that step (to the last process only);
+    with `fill`, the disk is filled up instead, until so many bytes are left;
+  - `bare`: nothing after the training (no curves, evaluation and samples), and nobody waits for the disk;
+  - `processes`, that train together, with `fsdp` sharing the model out; `runs`, at the same time.
+
+  The answer is a list, for each process: exit code (-9: killed), what was printed, number of file operations.
 - a command for the `shell`. The answer: its standard error.
+- `disk`, a size such as 20m, and `jobs`: they work one after the other on a disk of that size, in the folder `disk`, which nobody else sees and which is gone afterwards. The answer: a list of
+  theirs; nothing where no disk can be had.
 """
 import atexit
 import contextlib
+import ctypes
+import functools
+import gc
 import io
 import json
 import os
@@ -22,27 +32,32 @@ import traceback
 from pathlib import Path
 
 import fastcore.all # noqa: F401 so that no run and no page has to import anything
+import fastcore.docments
 import matplotlib.pyplot # noqa: F401
+import numpy as np
 import seaborn # noqa: F401
+import torch
 import torch.utils.tensorboard # noqa: F401
 from accelerate import DistributedType
 from nbdev.config import get_config
 from nbdev.test import test_nb
+from sklearn.model_selection import train_test_split
 
 import seqgpt.bench # noqa: F401
 import seqgpt.classification # noqa: F401
 import seqgpt.export # noqa: F401
 import seqgpt.serving # noqa: F401
 from seqgpt import cli, training
-from seqgpt.cli import main
-from seqgpt.training import StopOnSignal
+from seqgpt.model import make_config, new_model
+from seqgpt.tokenizer import make_tokenizer
+from seqgpt.training import Config, StopOnSignal
 
 WRITES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 
 def send_when_it_is_time(job, rank, answer):
-    "Counts what is done to files in this folder; sends this process its signal."
-    send = lambda *_: os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
+    "Counts what is done to files in this folder; sends this process its signal, or fills the disk."
+    send = lambda *_: fill_up(job["fill"]) if "fill" in job else os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
     def hook(event, args):
         if event not in WRITES or os.path.isabs(str(args[0])) and not str(args[0]).startswith(os.getcwd()) or event == "open" and args[1] in ("r", "rb"): return
         answer["events"] += 1
@@ -52,6 +67,13 @@ def send_when_it_is_time(job, rank, answer):
     if "step" in job and rank == job.get("processes", 1) - 1:
         end = StopOnSignal.on_step_end
         StopOnSignal.on_step_end = lambda self, args, state, control, **kwargs: (state.global_step == job["step"] and send(), end(self, args, state, control, **kwargs))[1]
+
+
+def fill_up(left):
+    "Leaves so many bytes of this disk."
+    disk, file = os.statvfs("."), os.open("filler", os.O_CREAT | os.O_WRONLY)
+    os.posix_fallocate(file, 0, disk.f_bavail*disk.f_frsize - left)
+    os.close(file)
 
 
 def share_out():
@@ -69,23 +91,31 @@ def child(job, rank, write):
     "Runs the command; writes its output, unless it is killed."
     if "port" in job: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), LOCAL_WORLD_SIZE=str(job["processes"]), MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))
     if job.get("fsdp"): share_out()
-    if job.get("bare"): cli.show_run = lambda config, run: None
+    if job.get("bare"): cli.show_run = training.save_curves = os.fsync = lambda *_: None # what the system was given outlives a killed process
+    signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests run in the background
     answer, out, err = {"events": 0}, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         send_when_it_is_time(job, rank, answer)
-        try: code = main([str(a) for a in job["argv"]])
+        try: code = cli.main([str(a) for a in job["argv"]])
         except BaseException: code = traceback.print_exc() or 99
     os.write(write, json.dumps({**answer, "code": code, "out": out.getvalue(), "err": err.getvalue()}).encode())
     os._exit(0)
 
 
 def run_page(path, flags=()):
-    "Runs a notebook in a child; at its end what it has started is stopped, and what it has written for itself is removed."
+    "Runs a notebook as `nbdev-test` does."
+    config = get_config(Path(path).parent)
+    return test_nb(path, skip_flags=config.tst_flags.split(), force_flags=flags, basepath=config.config_path)[0]
+
+
+def shown(do):
+    "Calls `do` in a child, which says whether it passed; at its end what it has started is stopped, and what it has written for itself is removed."
     with tempfile.TemporaryFile("w+") as said:
         if (pid := os.fork()) == 0:
             for stream in (1, 2): os.dup2(said.fileno(), stream)
-            config = get_config(Path(path).parent)
-            passed, _ = test_nb(path, skip_flags=config.tst_flags.split(), force_flags=flags, basepath=config.config_path)
+            passed = False
+            try: passed = do()
+            except BaseException: traceback.print_exc()
             atexit._run_exitfuncs()
             for stream in (sys.stdout, sys.stderr): stream.flush()
             os._exit(not passed) # a whole exit would end threads of this process, which the child does not have
@@ -94,9 +124,30 @@ def run_page(path, flags=()):
         return {"passed": code == 0, "printed": said.read()}
 
 
+def on_disk(size, jobs):
+    "Jobs on a small disk of their own: in a child, which is root in a world of its own, and may mount one (`man unshare`)."
+    os.makedirs("disk", exist_ok=True)
+    read, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        ids, answers = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}, None
+        if not ctypes.CDLL(None).unshare(0x10000000 | 0x20000): # CLONE_NEWUSER, CLONE_NEWNS
+            for name, text in ids.items(): Path(f"/proc/self/{name}").write_text(text)
+            if not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "disk"], capture_output=True).returncode:
+                os.chdir("disk")
+                answers = [run(job) for job in jobs]
+        with os.fdopen(write, "w") as f: json.dump(answers, f)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as f: answers = json.load(f)
+    os.waitpid(pid, 0)
+    return answers
+
+
 def run(job):
     "One job, in one process or several."
-    if "page" in job: return run_page(job["page"], job.get("flags", ()))
+    if "page" in job: return shown(lambda: run_page(job["page"], job.get("flags", ())))
+    if "code" in job: return shown(lambda: exec(job["code"], {"__name__": "__main__"}) is None) # noqa: S102, it is that of a test
+    if "disk" in job: return on_disk(job["disk"], job["jobs"])
     if "shell" in job: return subprocess.run(job["shell"], shell=True, capture_output=True, text=True).stderr
     if "processes" in job:
         with socket.socket() as s:
@@ -116,7 +167,21 @@ def run(job):
     return answers
 
 
+def warm_up():
+    "What is made once in a process and takes long, is made here; and no child looks through all objects for garbage."
+    fastcore.docments.docments = functools.cache(fastcore.docments.docments) # reads a module anew for each command
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        tokenizer = make_tokenizer({s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", "a"])})
+        training.save_model(Path(folder)/"model", new_model(make_config(tokenizer, 4, 1, 1, 2), 0), tokenizer, Config(folder), {})
+        training.save_curves([], Path(folder))
+    cli.parser_for("train", Config)
+    train_test_split(np.arange(4))
+    gc.collect()
+    gc.freeze()
+
+
 if __name__ == "__main__":
+    warm_up()
     assert threading.active_count() == 1, threading.enumerate()
     for line in sys.stdin:
         job = json.loads(line)

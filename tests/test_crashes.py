@@ -1,47 +1,92 @@
 "Runs that are killed, stopped or run out of disk at any moment, and resumed: they end with the same bytes as a run that was left in peace."
+import functools
+import itertools
 import json
 import random
+import re
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import NOTES, TINY, runner, write_lines
+from conftest import NOTES, TINY, write_lines
 from safetensors.torch import load_file, save_file
 
-from seqgpt.model import load_model
+from seqgpt.model import load_model, task_of
 
-RUN = ["train", "--data_path", "data.jsonl", "--cache_dir", "cache", "--max_length", 12, "--num_epochs", 2, "--eval_steps", 4, "--logging_steps", 3, *TINY, "--batch_size", 8,
-       "--gradient_accumulation_steps", 2]
-STEPS = 10
+RUN = ["train", "--data_path", "data.jsonl", "--cache_dir", "cache", "--max_length", 12, "--num_epochs", 2, "--eval_steps", 4, "--logging_steps", 3, "--precision", "fp32", *TINY,
+       "--batch_size", 8, "--gradient_accumulation_steps", 2]
+STEPS = 10 # 5 in an epoch
+CLASSIFIER = ["--task", "classification", "--class_weights", "balanced"]
+LOW_RANK = ["--init_from", "lm/best_model", "--n_layer", 2, "--frozen_layers", 1, "--lora_rank", 2]
+STREAM = ["--data_path", "shards", "--validation_fraction", 0.3, "--streaming", "--max_steps", STEPS]
+TWO = {"processes": 2}
+ONE_BATCH = ["--gradient_accumulation_steps", 1]
+WAYS = { # of training: each saves something else, or goes on with it in another way
+    "adamw": ([], {}), "muon": (["--optimizer", "muon"], {}),
+    "adamw in 16 bits": (["--precision", "bf16"], {}), "muon in 16 bits": (["--optimizer", "muon", "--precision", "bf16"], {}),
+    "classifier": (CLASSIFIER, {}), "classifier with muon": ([*CLASSIFIER, "--optimizer", "muon"], {}),
+    "low rank": (LOW_RANK, {}), "low rank with muon": ([*LOW_RANK, "--optimizer", "muon"], {}), "low-rank classifier": ([*LOW_RANK, *CLASSIFIER], {}),
+    "stream": (STREAM, {}), "stream with muon": ([*STREAM, "--optimizer", "muon"], {}),
+    "two processes": (ONE_BATCH, TWO), "stream in two processes": ([*STREAM, *ONE_BATCH], TWO),
+}
+PLACES = {"middle": 4, "end": 5} # of an epoch, where the run goes on: it saves every so many steps
+CASES = [ # not each with each, but each of them several times
+    *itertools.product(["adamw"], ["killed", "stopped", "full disk"], PLACES),
+    ("muon", "killed", "middle"), ("muon", "stopped", "middle"), ("adamw in 16 bits", "stopped", "middle"), ("muon in 16 bits", "killed", "end"), ("muon in 16 bits", "stopped", "end"),
+    ("classifier", "killed", "end"), ("classifier", "stopped", "end"), ("classifier", "full disk", "end"), ("classifier with muon", "killed", "middle"), ("classifier with muon", "stopped", "middle"),
+    ("low rank", "killed", "middle"), ("low rank", "stopped", "middle"), ("low rank with muon", "stopped", "end"), ("low-rank classifier", "killed", "end"),
+    ("stream", "killed", "end"), ("stream", "stopped", "end"), ("stream", "full disk", "end"), ("stream with muon", "stopped", "middle"),
+    ("two processes", "killed", "end"), ("two processes", "stopped", "middle"), ("stream in two processes", "stopped", "middle"),
+]
 
 
 def write_scales(folder):
+    "The data of most runs."
     starts = np.random.default_rng(0).integers(5, size=96)
-    write_lines(folder, [{"tokens": [NOTES[(s + k) % 5] for k in range(9)]} for s in starts.tolist()])
+    write_lines(folder, [{"tokens": [NOTES[(s + k) % 5] for k in range(9)], "label": "low" if s < 2 else "high"} for s in starts.tolist()])
+
+
+def write_shards(folder):
+    "The data of streams: three files, with sequences of many lengths."
+    lengths = torch.randint(2, 11, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"tokens": [NOTES[(k*k + j) % 5] for j in range(n)]} for k, n in enumerate(lengths)]
+    for k in range(3): write_lines(folder/"shards", rows[k::3]).rename(folder/f"shards/{k}.jsonl")
+
+
+def write_data(folder, args):
+    "What a run with these arguments reads."
+    (write_shards if "--streaming" in args else write_scales)(folder)
 
 
 @pytest.fixture(scope="module")
-def place(forks, tmp_path_factory):
-    "A folder with data, what answers jobs there, and what a run leaves behind that nobody disturbed."
-    folder = tmp_path_factory.mktemp("crashes")
-    write_scales(folder)
-    ask = partial(forks, cwd=folder)
-    done, = ask(*RUN)
-    assert done["code"] == 0, done["err"]
-    return folder, ask, left(folder/"outputs"), done["events"]
+def whole(forks, once):
+    "`whole(way, place)`: what a run leaves behind that nobody disturbed, and how many file operations it took. With `bare=False` also its evaluation, in a folder that is given as well."
+    def lm(folder):
+        write_scales(folder)
+        done, = forks(*RUN, "--n_layer", 2, "--output_dir", "lm", cwd=folder, bare=True)
+        assert done["code"] == 0, done
+    def whole(way="adamw", place="middle", bare=True):
+        args, job = WAYS[way]
+        def make(folder):
+            write_data(folder, args)
+            if "--init_from" in args: shutil.copytree(once(lm)/"lm", folder/"lm")
+            answers = forks(*RUN, *args, "--eval_steps", PLACES[place], cwd=folder, bare=bare, **job)
+            assert all(a["code"] == 0 for a in answers), answers
+            (folder/"events").write_text(str(answers[0]["events"]))
+        make.__name__ = f"whole_{way}_{place}_{bare}".replace(" ", "_")
+        folder = once(make)
+        return folder, left(folder/"outputs", bare), int((folder/"events").read_text())
+    return functools.cache(whole)
 
 
 @pytest.fixture
-def fresh(place):
-    folder, ask, whole, events = place
-    for name in ("outputs", "through", "cache"): shutil.rmtree(folder/name, ignore_errors=True)
-    return folder, ask, whole, events
+def fresh(forks, tmp_path):
+    "A folder with data, and what answers jobs there."
+    write_scales(tmp_path)
+    return tmp_path, partial(forks, cwd=tmp_path, bare=True)
 
 
 def history(outputs):
@@ -50,89 +95,161 @@ def history(outputs):
     return [{k: v for k, v in log.items() if not k.endswith(("_runtime", "_per_second"))} for log in json.loads((newest/"trainer_state.json").read_text())["log_history"]]
 
 
-def left(outputs):
-    "Weights, history, evaluation and samples of a finished run."
+def left(outputs, bare=True):
+    "Weights and history of a finished run; of one that is not bare, also evaluation and samples."
     assert not [*outputs.rglob(".*.part"), *outputs.rglob(".*.old")]
-    names = ("final_model/model.safetensors", "best_model/model.safetensors", "best_model/evaluation/metrics.json", "samples.jsonl", "split.json")
-    return {**{name: (outputs/name).read_bytes() for name in names}, "history": history(outputs), "pictures": [(outputs/name).exists() for name in ("training_curves.png", "best_model/evaluation/evaluation.png")]}
+    names = ["final_model/model.safetensors", "best_model/model.safetensors", "split.json"]
+    if not bare: names += ["best_model/evaluation/metrics.json", "samples.jsonl", "training_curves.png", "best_model/evaluation/evaluation.png"]
+    return {**{name: (outputs/name).read_bytes() for name in names}, "history": history(outputs)}
 
 
-def resume(ask, folder, whole, *args, run=RUN, **job):
+def resume(ask, folder, wanted, *argv, bare=True, **job):
     "Goes on to the end, where everything must be as if nothing had happened."
-    if (folder/"outputs/best_model").exists(): load_model(folder/"outputs/best_model")
-    first, *_ = answers = ask(*run, *args, "--resume", **job)
+    if (best := folder/"outputs/best_model").exists(): load_model(best, task_of(best))
+    first, *_ = answers = ask(*argv, bare=bare, **job)
     assert all(a["code"] == 0 for a in answers) or "the run is finished" in first["err"], answers
-    found = left(folder/"outputs")
-    assert not [name for name in whole if whole[name] != found[name]]
+    found = left(folder/"outputs", bare)
+    assert not [name for name in wanted if wanted[name] != found[name]]
     return first
 
 
-@pytest.mark.parametrize("part, kills", [(k, 4) for k in range(3)] + [pytest.param(k, 20, marks=pytest.mark.slow) for k in range(3, 6)])
-def test_killed_at_any_moment(fresh, part, kills):
-    folder, ask, whole, events = fresh
-    dice, wasted = random.Random(part), 0
-    for _ in range(kills):
-        for name in ("outputs", "cache"): shutil.rmtree(folder/name, ignore_errors=True)
-        moment = {"event": dice.randint(1, events)} if dice.random() < 0.7 else {"seconds": dice.uniform(0, 1.5)}
-        killed, = ask(*RUN, **moment)
-        wasted += killed["code"] != -9 # it was quicker
-        resume(ask, folder, whole)
-    assert wasted < kills / 2
+def full_disk(folder, ask, run, wanted, bare=True, **job):
+    "A run on a disk that is filled up; then there is room again, and it goes on."
+    jobs = {"shell": "cp -r $(ls -d ../* | grep -v disk) ."}, {"argv": run, "bare": bare, **job}, {"shell": "rm filler"}, {"argv": [*run, "--resume"], "bare": bare}, {"shell": "cp -r outputs .."}
+    answers = ask(disk="20m", jobs=jobs)
+    if answers is None: pytest.skip("no disk can be mounted here")
+    copied, (full,), _, (again,), _ = answers
+    assert not copied and full["code"] == 1 and "No space left on device" in full["err"] and "--resume" in full["err"] and len(full["err"].splitlines()) <= 3, answers
+    assert again["code"] == 0 and left(folder/"outputs", bare) == wanted, again
+    return full, again
 
 
-def test_killed_again_and_again(fresh):
-    folder, ask, whole, events = fresh
-    for _ in range(3):
-        killed, = ask(*RUN, "--resume", event=events // 3)
+@pytest.mark.parametrize("way, how, place", CASES)
+def test_resumed_equals_uninterrupted(way, how, place, whole, fresh):
+    folder, ask = fresh
+    args, job = WAYS[way]
+    origin, wanted, _ = whole(way, place)
+    for name in ("lm", "shards"):
+        if (origin/name).exists(): shutil.copytree(origin/name, folder/name)
+    run, save = [*RUN, *args, "--eval_steps", PLACES[place]], PLACES[place]
+    if how == "killed": # before its second checkpoint
+        *_, killed = answers = ask(*run, step=7, **job)
+        assert killed["code"] == -9 and all(a["code"] for a in answers), answers
+        going_on = resume(ask, folder, wanted, *run, "--resume", **job)
+    elif how == "stopped":
+        save = {"middle": 7, "end": 5}[place]
+        first, *others = ask(*run, step=save, signal=signal.SIGTERM, **job)
+        assert {a["code"] for a in (first, *others)} == {130} and not any("Stopped" in a["err"] for a in others), first
+        start, command = re.search(rf"Stopped after step {save} of {STEPS}; all is saved. Go on with: (seqgpt|torchrun --nproc_per_node 2 -m seqgpt.cli) (train --config outputs/config.yaml --resume)", first["err"]).groups()
+        assert (start == "seqgpt") == (not job)
+        going_on = resume(ask, folder, wanted, *command.split(), **job)
+    else: _, going_on = full_disk(folder, ask, run, wanted, step=2*save, fill=0)
+    assert f"Going on from outputs/checkpoints/checkpoint-{save}." in going_on["out"]
+
+
+# --- at any moment
+
+def moments(events, number, seed):
+    "Numbers of file operations, drawn from all parts of a run."
+    dice = random.Random(seed)
+    return [dice.randint(1 + k*events//number, (k + 1)*events//number) for k in range(number)]
+
+
+def kill(folder, ask, wanted, bare=True, **moment):
+    for name in ("outputs", "cache"): shutil.rmtree(folder/name, ignore_errors=True)
+    killed, = ask(*RUN, bare=bare, **moment)
+    resume(ask, folder, wanted, *RUN, "--resume", bare=bare)
+    return killed["code"] == -9
+
+
+@pytest.mark.parametrize("seed, kills", [(0, 3), (1, 3), *[pytest.param(k, 20, marks=pytest.mark.slow) for k in range(2, 5)]])
+def test_killed_at_any_moment(fresh, whole, seed, kills):
+    folder, ask = fresh
+    _, wanted, events = whole()
+    for event in moments(events - 10, kills, seed): assert kill(folder, ask, wanted, event=event) # a run has a few more or less of them
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_while_it_is_evaluated(fresh, whole, kills):
+    folder, ask = fresh
+    (_, wanted, all_events), (*_, events) = whole(bare=False), whole()
+    for event in moments(all_events - 10 - events, kills, kills): assert kill(folder, ask, wanted, bare=False, event=events + event)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_after_any_time(fresh, whole, seed):
+    "Perhaps too late: what is hit depends on the machine."
+    folder, ask = fresh
+    kill(folder, ask, whole(bare=False)[1], bare=False, seconds=random.Random(seed).uniform(0, 3))
+
+
+def test_killed_again_and_again(fresh, whole):
+    folder, ask = fresh
+    for step in (5, 6, 9):
+        killed, = ask(*RUN, "--resume", step=step)
         assert killed["code"] == -9
-    assert "Going on from" in resume(ask, folder, whole)["out"]
+    assert "Going on from outputs/checkpoints/checkpoint-8." in resume(ask, folder, whole()[1], *RUN, "--resume")["out"]
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_at_any_moment(fresh, sig):
-    folder, ask, whole, _ = fresh
-    dice = random.Random(sig)
-    for _ in range(3):
+def test_stopped_at_any_moment(fresh, whole, sig):
+    folder, ask = fresh
+    _, wanted, events = whole()
+    for event in moments(events, 2, sig):
         for name in ("outputs", "cache"): shutil.rmtree(folder/name, ignore_errors=True)
-        stopped, = ask(*RUN, seconds=dice.uniform(0, 1.2), signal=sig)
+        stopped, = ask(*RUN, event=event, signal=sig)
         assert stopped["code"] in (0, 130) and "Traceback" not in stopped["err"] and (stopped["code"] == 0 or len(stopped["err"].strip().splitlines()) == 1), stopped
         assert not (folder/"outputs/checkpoints").exists() or stopped["code"] == 0 or "seqgpt train --config outputs/config.yaml --resume" in stopped["err"], stopped
-        resume(ask, folder, whole)
+        resume(ask, folder, wanted, *RUN, "--resume")
 
 
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_stopped_behind_each_step(fresh, step):
-    folder, ask, whole, _ = fresh
+@pytest.mark.parametrize("step", [1, 4, STEPS])
+def test_stopped_at_the_first_step_at_a_validation_and_at_the_last(fresh, whole, step):
+    folder, ask = fresh
     stopped, = ask(*RUN, step=step, signal=signal.SIGTERM)
     assert stopped["code"] == 130 and f"Stopped after step {step} of {STEPS}; all is saved." in stopped["err"]
-    resume(ask, folder, whole)
+    resume(ask, folder, whole()[1], *RUN, "--resume")
 
 
-def test_stopped_behind_the_last_step_in_the_middle_of_an_epoch(fresh):
-    folder, ask, _, _ = fresh
+def test_stopped_at_the_last_step_in_the_middle_of_an_epoch(fresh):
+    folder, ask = fresh
     run = [*RUN, "--max_steps", 7]
     assert ask(*run, "--output_dir", "through")[0]["code"] == 0
     assert ask(*run, step=7, signal=signal.SIGTERM)[0]["code"] == 130
-    resume(ask, folder, left(folder/"through"), run=run)
+    resume(ask, folder, left(folder/"through"), *run, "--resume")
 
 
-def test_two_processes_stop_behind_the_same_step_and_go_on_together(fresh):
-    folder, ask, _, _ = fresh
-    run = [*RUN, "--gradient_accumulation_steps", 1]
-    assert [a["code"] for a in ask(*run, "--output_dir", "through", processes=2)] == [0, 0]
-    whole = left(folder/"through")
-    stopped = ask(*run, processes=2, step=7, signal=signal.SIGTERM)
-    assert [a["code"] for a in stopped] == [130, 130] and "Stopped after step 7 of 10" in stopped[0]["err"], stopped
-    assert "torchrun --nproc_per_node 2 -m seqgpt.cli train --config outputs/config.yaml --resume" in stopped[0]["err"] and "Stopped" not in stopped[1]["err"]
-    resume(ask, folder, whole, run=run, processes=2)
+@pytest.mark.parametrize("room", [1, 16, 60, 150])
+def test_full_disk(fresh, whole, room):
+    "From the beginning, but for so many KiB: each time another file finds no room."
+    folder, ask = fresh
+    full_disk(folder, ask, RUN, whole()[1], event=1, fill=room*1024)
 
+
+def test_full_disk_while_it_is_evaluated(fresh, whole):
+    folder, ask = fresh
+    (_, wanted, all_events), (*_, events) = whole(bare=False), whole()
+    full_disk(folder, ask, RUN, wanted, bare=False, event=(events + all_events) // 2, fill=0)
+
+
+def test_read_only_disk(fresh):
+    _, ask = fresh
+    runs = [*RUN, "--data_path", "../data.jsonl"], ["corpus", "digits", "--out_dir", "digits"], ["corpus", "markov", "--num_sequences", 5, "--out_dir", "markov"]
+    answers = ask(disk="20m", jobs=[{"shell": "mount -o remount,ro ."}, *[{"argv": argv} for argv in runs]])
+    if answers is None: pytest.skip("no disk can be mounted here")
+    for refused, in answers[1:]:
+        assert refused["code"] == 2 and "Read-only file system" in refused["err"] and "Choose another place" in refused["err"] and len(refused["err"].splitlines()) == 1, refused
+
+
+# --- what a run may go on with
 
 def test_more_epochs(fresh):
-    folder, ask, _, _ = fresh
+    folder, ask = fresh
     constant = [*RUN, "--lr_scheduler_type", "constant", "--eval_steps", 5]
     assert ask(*constant, "--output_dir", "through", "--num_epochs", 4)[0]["code"] == 0
     assert ask(*constant)[0]["code"] == 0
-    assert "Going on from outputs/checkpoints/checkpoint-10" in resume(ask, folder, left(folder/"through"), "--num_epochs", 4, run=constant)["out"]
+    assert "Going on from outputs/checkpoints/checkpoint-10" in resume(ask, folder, left(folder/"through"), *constant, "--num_epochs", 4, "--resume")["out"]
     assert ask(*RUN, "--output_dir", "cosine")[0]["code"] == 0
     assert ask(*RUN, "--output_dir", "cosine", "--num_epochs", 4, "--learning_rate", 1e-3, "--eval_steps", 5, "--resume")[0]["code"] == 0
     rates = {log["step"]: log["learning_rate"] for log in history(folder/"cosine") if "learning_rate" in log}
@@ -140,31 +257,54 @@ def test_more_epochs(fresh):
     assert [log["step"] for log in history(folder/"cosine") if "eval_loss" in log] == [4, 8, 10, 15, 20]
 
 
+@pytest.fixture(scope="module")
+def stopped(forks, once):
+    "A run that was stopped after step 9."
+    def stopped(folder):
+        write_scales(folder)
+        assert forks(*RUN, step=9, signal=signal.SIGTERM, cwd=folder, bare=True)[0]["code"] == 130
+    return once(stopped)
+
+
 @pytest.mark.parametrize("damage", [
     lambda c: (c/"state.safetensors").write_bytes((c/"state.safetensors").read_bytes()[:-1]), lambda c: (c/"model.safetensors").write_bytes(b""), lambda c: (c/"trainer_state.json").write_text("{}"),
     lambda c: (c/"trainer_state.json").write_text('{"global_step": "x"}'), lambda c: save_file({}, c/"state.safetensors"), lambda c: save_file({}, c/"state.safetensors", {"form": "{}"})],
     ids=["state cut short", "no weights", "no step", "no number", "no form", "empty form"])
-def test_a_damaged_checkpoint_is_passed_over(fresh, damage):
-    folder, ask, whole, _ = fresh
-    assert ask(*RUN, step=9, signal=signal.SIGTERM)[0]["code"] == 130
+def test_a_damaged_checkpoint_is_passed_over(stopped, fresh, whole, damage):
+    folder, ask = fresh
+    shutil.copytree(stopped, folder, dirs_exist_ok=True)
     damage(folder/"outputs/checkpoints/checkpoint-9")
-    said = resume(ask, folder, whole)["out"]
+    said = resume(ask, folder, whole()[1], *RUN, "--resume")["out"]
     assert "checkpoint-9: is damaged" in said and "Going on from outputs/checkpoints/checkpoint-8" in said
 
 
-def test_weights_of_another_model_are_no_checkpoint(fresh):
-    folder, ask, whole, _ = fresh
-    assert ask(*RUN, step=9, signal=signal.SIGTERM)[0]["code"] == 130
+def test_weights_of_another_model_are_no_checkpoint(stopped, fresh, whole):
+    folder, ask = fresh
+    shutil.copytree(stopped, folder, dirs_exist_ok=True)
     checkpoint = folder/"outputs/checkpoints/checkpoint-9"
     save_file({"x": torch.zeros(3)}, checkpoint/"model.safetensors", {"format": "pt"})
     refused, = ask(*RUN, "--resume")
     assert refused["code"] == 2 and "checkpoint-9/model.safetensors: holds the weights of another model" in refused["err"], refused
     shutil.rmtree(checkpoint)
-    resume(ask, folder, whole)
+    resume(ask, folder, whole()[1], *RUN, "--resume")
 
+
+def test_resume_in_python_shows_no_warning(fresh):
+    code = """
+import transformers
+from seqgpt.training import Config, train
+transformers.logging.set_verbosity_warning()
+for steps in (4, 8): train(Config("data.jsonl", max_steps=steps, resume=steps == 8, n_layer=1, n_head=2, n_embd=16, max_length=12, precision="fp32", eval_steps=2))
+transformers.logging.get_logger("transformers.trainer").warning("as a warning is shown")
+"""
+    ran = fresh[1](code=code)
+    assert ran["passed"] and "checkpoint-4" in ran["printed"] and ran["printed"].count("[transformers]") == 1 and "as a warning is shown" in ran["printed"], ran
+
+
+# --- what may be in the way
 
 def test_links_in_a_run_folder_are_not_followed(fresh):
-    folder, ask, _, _ = fresh
+    folder, ask = fresh
     (folder/"outputs").mkdir()
     (folder/"through/checkpoint-1").mkdir(parents=True)
     (folder/"outputs/checkpoints").symlink_to("../through")
@@ -172,56 +312,16 @@ def test_links_in_a_run_folder_are_not_followed(fresh):
     assert refused["code"] == 2 and "outputs/checkpoints: is a link" in refused["err"] and [p.name for p in (folder/"through").iterdir()] == ["checkpoint-1"], refused
 
 
-def test_two_runs_in_one_folder(fresh):
-    folder, ask, whole, _ = fresh
+def test_two_runs_in_one_folder(fresh, whole):
+    folder, ask = fresh
     answers = sorted(ask(*RUN, runs=2), key=lambda a: a["code"])
     assert [a["code"] for a in answers] == [0, 2] and len(answers[1]["err"].splitlines()) == 1, answers
     assert "another run is writing there" in answers[1]["err"] or "holds an earlier run" in answers[1]["err"]
-    assert left(folder/"outputs") == whole
+    assert left(folder/"outputs") == whole()[1]
 
 
-def test_nothing_is_a_pickle(place):
-    folder, ask, _, _ = place
-    assert ask(*RUN, "--output_dir", "pickles")[0]["code"] == 0
-    files = [p for p in (folder/"pickles").rglob("*") if p.is_file()]
+def test_nothing_is_a_pickle(whole):
+    files = [p for p in (whole(bare=False)[0]/"outputs").rglob("*") if p.is_file()]
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".pkl")] and not [p for p in files if p.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")]
-    state = load_file(folder/"pickles/checkpoints/checkpoint-10/state.safetensors")
+    state = load_file(whole(bare=False)[0]/"outputs/checkpoints/checkpoint-10/state.safetensors")
     assert len(state) > 2*10 # two moments for each table of weights
-
-
-# --- disks
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory):
-    "A small disk of its own, where one can be had; `ask(shell=...)` changes its size."
-    folder = tmp_path_factory.mktemp("disk")
-    mount = f"mount -t tmpfs -o size=20m tmpfs {folder}"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode: pytest.skip("no disk can be mounted here")
-    with runner("unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh") as forks:
-        ask = partial(forks, cwd=folder)
-        write = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; from test_crashes import write_scales; write_scales(Path('.'))"
-        assert not ask(shell=f"{sys.executable} -c {json.dumps(write)}")
-        yield folder, ask
-
-
-@pytest.mark.parametrize("room", [1, 16, 60, 150, 250, 330])
-def test_full_disk(disk, room):
-    folder, ask = disk
-    ask(shell=f"rm -rf outputs cache through; mount -o remount,size=20m {folder}")
-    ask(shell=f"fallocate -l $(( $(df --output=avail -B1 . | tail -1) - {room}*1024 )) filler")
-    full, = ask(*RUN)
-    assert full["code"] == 1 and "No space left on device" in full["err"] and "--resume" in full["err"] and len(full["err"].splitlines()) <= 3, full
-    ask(shell="rm filler")
-    again, = ask(*RUN, "--resume")
-    assert again["code"] == 0, again
-    assert ask(*RUN, "--output_dir", "through")[0]["code"] == 0
-    assert not ask(shell="cmp outputs/final_model/model.safetensors through/final_model/model.safetensors; cmp outputs/samples.jsonl through/samples.jsonl; find outputs -name '.*.part' >&2")
-
-
-def test_read_only_disk(disk):
-    folder, ask = disk
-    ask(shell=f"rm -rf outputs cache; mount -o remount,ro {folder}")
-    for argv in (RUN, ["corpus", "digits", "--out_dir", "digits"], ["corpus", "markov", "--num_sequences", 5, "--out_dir", "markov"]):
-        refused, = ask(*argv)
-        assert refused["code"] == 2 and "Read-only file system" in refused["err"] and "Choose another place" in refused["err"] and len(refused["err"].splitlines()) == 1, refused
-    ask(shell=f"mount -o remount,rw {folder}")

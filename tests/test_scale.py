@@ -1,6 +1,7 @@
 "The recipes in nbs/tutorials/scale, as far as they run without GPUs, Slurm and a cloud."
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,37 +11,41 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, TINY, VOCAB, seqgpt
+from conftest import ROOT, TINY, VOCAB
 from test_crashes import write_scales
 
 SCALE = ROOT/"nbs/tutorials/scale"
-TRAIN = ["--data_path", "data.jsonl", "--max_length", "12", "--logging_steps", "20", "--eval_steps", "40", *TINY, "--batch_size", "8", "--max_steps", "200"] # long enough to be stopped in the middle
-WEIGHTS = "final_model/model.safetensors"
+TRAIN = ["--data_path", "data.jsonl", "--max_length", "12", "--eval_steps", "20", *TINY, "--batch_size", "8", "--max_steps", "1000000"] # it has to be stopped
+LIMIT = 600 # seconds, on a machine that does much else
 
 
 def start(folder, *command, **env):
-    "A recipe in `folder`, with this Python and these sources."
-    path = os.pathsep.join(map(str, [*env.pop("bin", []), Path(sys.executable).parent, os.environ["PATH"]]))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20", "PATH": path, **env}
+    "A recipe in `folder`, with this Python, and the programs and sources that lie there before those that are installed."
+    path = os.pathsep.join(map(str, [folder, Path(sys.executable).parent, os.environ["PATH"]]))
+    sources = os.pathsep.join(map(str, [folder, ROOT, os.environ.get("PYTHONPATH", "")]))
+    env = {**os.environ, "PYTHONPATH": sources, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(LIMIT), "PATH": path, **env}
     return subprocess.Popen([*map(str, command)], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process, code=0):
     "What it has printed, in an exit code as expected."
-    out = process.communicate(timeout=120)[0]
+    out = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == code, out
     return out
 
 
-def wait_for(path, process): wait_until(lambda: any(path.parent.glob(path.name)), process)
-
-
 def wait_until(there, process):
-    "Until the training of `process` is so far."
-    end = time.monotonic() + 60
+    "Until `process` is so far."
+    end = time.monotonic() + LIMIT
     while not there():
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.02)
+
+
+def checkpoint(outputs): return lambda: any(outputs.glob("checkpoints/checkpoint-*"))
+
+
+def calls(folder): return (folder/"calls").read_text().splitlines() if (folder/"calls").exists() else []
 
 
 def child(pid):
@@ -54,65 +59,125 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    "Data, and stand-ins for what Slurm installs: two machines, played by two processes of this one."
-    folder = tmp_path_factory.mktemp("scale")
-    write_scales(folder)
-    for name, text in {"scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi',
-                       "srun": 'trap "kill -TERM \\$a \\$b" TERM; "$@" & a=$!; "$@" & b=$!; for p in $a $b; do wait $p; c=$?; while kill -0 $p 2> /dev/null; do wait $p; c=$?; done; [ $c = 0 ] || code=$c; done; exit ${code:-0}'}.items():
-        (folder/name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (folder/name).chmod(0o755)
-    return folder
+def program(folder, name, text):
+    (folder/name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    (folder/name).chmod(0o755)
 
 
-same = lambda folder, a, b: (folder/a/WEIGHTS).read_bytes() == (folder/b/WEIGHTS).read_bytes()
+STOPPED_BY = "trap '{}' TERM; echo \"$*\" >> calls; while :; do sleep 0.05 & wait $!; done" # a program that goes on until it gets a SIGTERM
 
 
 @pytest.mark.parametrize("name", ["one_node.sh", "slurm.sbatch", "spot.sh"])
 def test_shell_syntax(name): assert subprocess.run(["bash", "-n", SCALE/name]).returncode == 0
 
 
-def test_several_processes(folder):
-    "Under Slurm a run is left in peace; another one is stopped, queued again, and goes on, here by the recipe for one machine."
+def test_one_node(tmp_path):
+    "Two processes that train, told to stop as Ctrl-C or a machine would; that they go on to the same weights is tested in test_crashes.py."
+    write_scales(tmp_path)
+    run = start(tmp_path, "bash", SCALE/"one_node.sh", *TRAIN, "--output_dir", "two", PROCESSES="2")
+    wait_until(checkpoint(tmp_path/"two"), run)
+    run.send_signal(signal.SIGTERM)
+    said = finish(run, 1) # torchrun's only code for what is not 0
+    assert (command := re.search(r"Stopped after step (\d+) of 1000000; all is saved. Go on with: torchrun --nproc_per_node 2 -m seqgpt.cli train --config two/config.yaml --resume", said)), said
+    assert (tmp_path/f"two/checkpoints/checkpoint-{command[1]}").exists() and json.loads((tmp_path/"two/split.json").read_text())["processes"] == 2
+
+
+# --- Slurm: two machines, played by two processes of this one; the real torchrun, which starts a stand-in for the training
+
+TRAINING = """
+import os, signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ["ASKED"])))
+with open("calls", "a") as f: f.write(" ".join([os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"], *sys.argv[1:]]) + "\\n")
+while "ALONE" not in os.environ: time.sleep(0.05)
+sys.exit(int(os.environ["ALONE"]))
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    "`slurm(torchrun=..., ...)` starts the script, where a training ends with the exit code ALONE by itself, with ASKED when it is told to."
+    program(tmp_path, "scontrol", 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi')
+    program(tmp_path, "srun", 'trap "kill -TERM \\$a \\$b" TERM; "$@" & a=$!; "$@" & b=$!; for p in $a $b; do wait $p; c=$?; while kill -0 $p 2> /dev/null; do wait $p; c=$?; done; [ $c = 0 ] || code=$c; done; exit ${code:-0}')
+    (tmp_path/"seqgpt").mkdir()
+    for name, text in {"__init__.py": "", "cli.py": TRAINING}.items(): (tmp_path/"seqgpt"/name).write_text(text)
+    def slurm(torchrun=None, **env):
+        if torchrun: program(tmp_path, "torchrun", torchrun)
+        return start(tmp_path, "bash", SCALE/"slurm.sbatch", "--data_path", "data", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1", **env)
+    return slurm
+
+
+def test_slurm(slurm, tmp_path):
+    "Each machine starts its process, the processes know each other, and are told to stop; then the job is queued again."
     asked = dict(line.split()[1].partition("=")[::2] for line in (SCALE/"slurm.sbatch").read_text().splitlines() if line.startswith("#SBATCH"))
     assert asked["--signal"] == "B:TERM@120" and "--requeue" in asked
-    def slurm(out): return start(folder, "bash", SCALE/"slurm.sbatch", *TRAIN, "--output_dir", out, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1", PORT=free_port(), bin=[folder])
-    finish(slurm("through"))
-    assert json.loads((folder/"through/split.json").read_text())["processes"] == 2 and not (folder/"requeued").exists()
-    stopped = slurm("stopped")
-    wait_for(folder/"stopped/checkpoints/checkpoint-*", stopped)
-    stopped.send_signal(signal.SIGTERM)
-    assert "all is saved" in finish(stopped, 1) # torchrun's only code for what is not 0
-    assert (folder/"requeued").read_text() == "requeue 7\n"
-    assert "Going on from" in finish(start(folder, "bash", SCALE/"one_node.sh", *TRAIN, "--output_dir", "stopped", PROCESSES="2"))
-    assert same(folder, "stopped", "through")
+    job = slurm(PORT=free_port(), ASKED="130")
+    wait_until(lambda: len(calls(tmp_path)) == 2, job)
+    (*one, port), (*other, same) = ([*call.split(" ", 3)[:2], *call.split(" ", 3)[3:], call.split()[2]] for call in sorted(calls(tmp_path)))
+    assert [one, other] == [[rank, "2", "train --data_path data --resume"] for rank in "01"] and port == same
+    job.send_signal(signal.SIGTERM)
+    finish(job, 1)
+    assert (tmp_path/"requeued").read_text() == "requeue 7\n"
 
 
-def test_spot(folder):
-    "First the training alone is stopped, and started again; then the machine is; another one finishes."
-    def run(): return start(folder, "bash", SCALE/"spot.sh", *TRAIN, STATE="spot", POLL="0.1", NOTICE="test -e notice")
-    machine = run()
-    wait_for(folder/"spot/outputs/checkpoints/checkpoint-*", machine)
-    os.kill(child(machine.pid), signal.SIGTERM)
-    again = lambda: (folder/"spot/train.log").read_text().count("Going on from")
-    wait_until(again, machine)
+@pytest.mark.parametrize("torchrun, told, code, requeued", [
+    ("exit 0", False, 0, False), ("exit 1", False, 1, False), (STOPPED_BY.format("exit 0"), True, 0, False), (STOPPED_BY.format("sleep 0.3; exit 1"), True, 1, True)],
+    ids=["finished", "failed", "finished when told to stop", "stopped"])
+def test_slurm_queues_again_what_was_stopped_only(torchrun, told, code, requeued, slurm, tmp_path):
+    job = slurm(torchrun)
+    if told:
+        wait_until(lambda: len(calls(tmp_path)) == 2, job)
+        job.send_signal(signal.SIGTERM)
+    finish(job, code)
+    assert (tmp_path/"requeued").exists() == requeued
+    if told: assert calls(tmp_path) == ["--nnodes 2 --nproc_per_node 1 --rdzv_id 7 --rdzv_backend c10d --rdzv_endpoint localhost:20007 -m seqgpt.cli train --data_path data --resume"]*2
+
+
+# --- a machine that may be taken away
+
+def test_spot(tmp_path):
+    "A training, told to stop by its machine; that it goes on to the same weights is tested in test_crashes.py."
+    write_scales(tmp_path)
+    machine = start(tmp_path, "bash", SCALE/"spot.sh", *TRAIN, STATE="spot", POLL="0.1")
+    wait_until(checkpoint(tmp_path/"spot/outputs"), machine)
     machine.send_signal(signal.SIGTERM)
-    said = finish(machine)
-    assert said.count("all is saved") == 2 and "Finished" not in said and not (folder/"spot/outputs/final_model").exists(), said
-    (folder/"notice").touch()
-    assert "Stopped before it had saved" in finish(run(), 1) # at its start; nothing is lost
-    (folder/"notice").unlink()
-    assert "Finished" in finish(run()) and again() == 2
-    assert seqgpt("train", *TRAIN, "--output_dir", "one", cwd=folder).returncode == 0
-    assert same(folder, "spot/outputs", "one")
+    assert finish(machine) == "Stopped; all is saved in spot/outputs.\n"
+    step = re.search(r"Stopped after step (\d+) of 1000000; all is saved.", (tmp_path/"spot/train.log").read_text())[1]
+    assert (tmp_path/f"spot/outputs/checkpoints/checkpoint-{step}").exists()
 
 
-def test_spot_gives_up(folder):
+@pytest.fixture
+def spot(tmp_path):
+    "`spot(python)`: a machine with this program instead of Python, which would train."
+    def spot(python, **env):
+        program(tmp_path, "python", python)
+        return start(tmp_path, "bash", SCALE/"spot.sh", "--data_path", "data", STATE="spot", POLL="0.1", **env)
+    return spot
+
+
+def test_spot_starts_again(spot, tmp_path):
+    "First the training alone is stopped, and started again; then the machine is; another one finishes."
+    machine = spot(STOPPED_BY.format("echo all is saved; exit 130"))
+    for n in (1, 2):
+        wait_until(lambda: len(calls(tmp_path)) == n, machine)
+        (lambda pid: os.kill(pid, signal.SIGTERM))(child(machine.pid) if n == 1 else machine.pid)
+    assert finish(machine) == "Stopped; all is saved in spot/outputs.\n"*2
+    assert calls(tmp_path) == ["-m seqgpt.cli train --data_path data --output_dir spot/outputs --cache_dir spot/cache --resume"]*2
+    assert finish(spot("exit 0")) == finish(spot("echo seqgpt train: spot/outputs: the run is finished, after 9 steps; exit 2")) == "Finished: spot/outputs\n"
+
+
+def test_spot_takes_notice(spot, tmp_path):
+    machine = spot(STOPPED_BY.format("echo all is saved; exit 130"), NOTICE="test -e notice")
+    wait_until(lambda: calls(tmp_path), machine)
+    (tmp_path/"notice").touch()
+    assert finish(machine) == "Stopped; all is saved in spot/outputs.\n"
+    assert "Stopped before it had saved" in finish(spot(STOPPED_BY.format("exit 143"), NOTICE="test -e notice"), 1) # at its start; nothing is lost
+
+
+def test_spot_gives_up(spot):
     "On mistakes at once, on failures after three."
-    run = lambda program: (folder/"python").write_text(f"#!/bin/sh\n{program}\n") and (folder/"python").chmod(0o755) or start(folder, "bash", SCALE/"spot.sh", STATE="wrong", POLL="0.1", bin=[folder])
-    assert finish(run("echo a mistake; exit 2"), 2) == "a mistake\n"
-    assert finish(run("echo out of memory; exit 1"), 1) == "out of memory\n"*3 + "Failed 3 times; see wrong/train.log.\n"
+    assert finish(spot("echo a mistake; exit 2"), 2) == "a mistake\n"
+    assert finish(spot("echo out of memory; exit 1"), 1) == "out of memory\n"*3 + "Failed 3 times; see spot/train.log.\n"
 
 
 def test_fsdp():
