@@ -79,11 +79,11 @@ def test_the_data_of_a_stream_must_be_the_same(fresh):
 def test_a_bad_line_after_many_steps_loses_none_of_them(fresh):
     folder, ask = fresh
     shutil.copytree(folder/"shards", folder/"late", dirs_exist_ok=True)
-    with open(folder/"late/2.jsonl", "a") as f: f.writelines(json.dumps({"tokens": [NOTES[k % 5]]*5}) + "\n" for k in range(500))
+    with open(folder/"late/2.jsonl", "a") as f: f.writelines(json.dumps({"tokens": [NOTES[k % 5]]*5}) + "\n" for k in range(1100))
     with open(folder/"late/2.jsonl", "a") as f: f.write("{\n")
-    run = [*RUN, "--data_path", "late", "--validation_path", "shards/0.jsonl", "--batch_size", 2, "--max_steps", 150, "--eval_steps", 150] # 200 sequences are read at once
+    run = [*RUN, "--data_path", "late", "--validation_path", "shards/0.jsonl", "--batch_size", 2, "--max_steps", 280, "--eval_steps", 280] # 1000 lines are read at once
     refused, = ask(*run)
-    assert refused["code"] == 2 and "2.jsonl, line 531" in refused["err"] and "All is saved. Go on with: seqgpt train --config outputs/config.yaml --resume, and --skip_bad_lines" in refused["err"], refused
+    assert refused["code"] == 2 and "2.jsonl, line 1131" in refused["err"] and "All is saved. Go on with: seqgpt train --config outputs/config.yaml --resume, and --skip_bad_lines" in refused["err"], refused
     went_on, = ask("train", "--config", "outputs/config.yaml", "--resume", "--skip_bad_lines")
     assert went_on["code"] == 0 and "Going on from" in went_on["out"] and "It is left out, with 0 others so far" in went_on["out"], went_on
 
