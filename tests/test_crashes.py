@@ -290,14 +290,17 @@ def test_weights_of_another_model_are_no_checkpoint(stopped, fresh, whole):
 
 
 def test_resume_in_python_shows_no_warning(fresh):
+    "Neither that it now validates less often, nor that there is padding, on the right of sequences of many lengths."
     code = """
 import transformers
 from seqgpt.training import Config, train
 transformers.logging.set_verbosity_warning()
-for steps in (4, 8): train(Config("data.jsonl", max_steps=steps, resume=steps == 8, n_layer=1, n_head=2, n_embd=16, max_length=12, precision="fp32", eval_steps=2))
+for steps in (4, 8): train(Config("shards", max_steps=steps, resume=steps == 8, n_layer=1, n_head=2, n_embd=16, max_length=12, precision="fp32", eval_steps=steps // 2))
 transformers.logging.get_logger("transformers.trainer").warning("as a warning is shown")
 """
-    ran = fresh[1](code=code)
+    folder, ask = fresh
+    write_shards(folder)
+    ran = ask(code=code)
     assert ran["passed"] and "checkpoint-4" in ran["printed"] and ran["printed"].count("[transformers]") == 1 and "as a warning is shown" in ran["printed"], ran
 
 
