@@ -1,5 +1,6 @@
 "Labels in front of sequences: writing such a corpus, asking for a label, guidance."
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from seqgpt.model import load_model
 from seqgpt.tokenizer import load_tokenizer, make_tokenizer
 
 WORDS = ["down", "up"]
+SURE = "--learning_rate 5e-3 --model.resid_pdrop 0 --model.embd_pdrop 0 --model.attn_pdrop 0".split() # the rule is learned in few steps
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def asked(melodies, once):
     def asked(folder):
         write_lines(folder/"plain", [{"text": " ".join(t), "label": WORDS[l]} for t, l in melodies*3])
         assert seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", "--unlabelled_share", 0.2, "--seed", 3, cwd=folder).returncode == 0
-        result = seqgpt("train", "--data_path", "asked", "--output_dir", "m", "--num_epochs", 8, "--max_length", 16, *TINY, "--learning_rate", 1e-2, "--n_layer", 2, "--n_embd", 32, cwd=folder, drawn=False)
+        result = seqgpt("train", "--data_path", "asked", "--output_dir", "m", "--num_epochs", 10, "--max_length", 16, *TINY, *SURE, "--n_layer", 2, "--n_embd", 32, cwd=folder, drawn=False)
         assert result.returncode == 0, result.stderr
     return once(asked)
 
@@ -38,6 +40,16 @@ def digits(once):
         assert result.returncode == 0, result.stderr
         (folder/"printed.txt").write_text(result.stdout)
     return once(labelled_digits)
+
+
+@pytest.fixture(scope="module")
+def exported(digits, once):
+    "That model, also as ONNX."
+    def exported_digits(folder):
+        shutil.copytree(digits, folder, dirs_exist_ok=True)
+        result = seqgpt("export", "--model_path", "m/best_model", cwd=folder)
+        assert result.returncode == 0, result.stderr
+    return once(exported_digits)
 
 
 def test_the_corpus_is_the_same_but_for_the_labels(asked):
@@ -111,10 +123,8 @@ def test_guidance_is_that_of_transformers(scale, use_cache, asked):
         assert sample.tokens == [t for t in tokenizer.convert_ids_to_tokens(expected) if t not in ("<eos>", "<pad>")]
 
 
-def test_guidance_on_onnx_runtime_draws_the_same(asked):
-    pytest.importorskip("onnxruntime")
-    assert seqgpt("export", "--model_path", "m/best_model", cwd=asked).returncode == 0
-    draw = lambda runtime: seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", "--prompt", "label:up", "--num_samples", 10, "--seed", 1, "--guidance", 2, "--runtime", runtime, cwd=asked).stdout
+def test_guidance_on_onnx_runtime_draws_the_same(exported):
+    draw = lambda runtime: seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", "--prompt", "label:7", "--num_samples", 10, "--seed", 1, "--guidance", 2, "--runtime", runtime, cwd=exported).stdout
     assert draw("onnx") == draw("pytorch") != ""
 
 
@@ -137,14 +147,13 @@ def test_labelled_digits_are_still_pictures(digits):
 
 
 @pytest.mark.parametrize("flavour", ["served", "exported"])
-def test_the_page_asks_for_a_label(flavour, digits, tmp_path):
+def test_the_page_asks_for_a_label(flavour, exported):
     "What is drawn begins with the label, and nothing else is given."
     from browser import browser
     from playwright.sync_api import expect
 
-    from seqgpt.export import export_folder
     from seqgpt.serving import Service, make_app, running
-    folder = digits/"m/best_model"
+    folder = exported/"m/best_model"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
 
     def check(page):
@@ -158,8 +167,7 @@ def test_the_page_asks_for_a_label(flavour, digits, tmp_path):
 
     with browser() as page:
         if flavour == "exported":
-            export_folder(folder, tmp_path/"onnx")
-            html = next((tmp_path/"onnx").glob("*.html"))
+            html = next((folder/"onnx").glob("*.html"))
             page.goto(html.as_uri())
             expect(page.locator("#go")).to_be_visible(timeout=60_000)
             check(page)
