@@ -24,7 +24,7 @@ def asked(melodies, once):
     def asked(folder):
         write_lines(folder/"plain", [{"text": " ".join(t), "label": WORDS[l]} for t, l in melodies*3])
         assert seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", "--unlabelled_share", 0.2, "--seed", 3, cwd=folder).returncode == 0
-        result = seqgpt("train", "--data_path", "asked", "--output_dir", "m", "--num_epochs", 10, "--max_length", 16, *TINY, *SURE, "--n_layer", 2, "--n_embd", 32, cwd=folder, drawn=False)
+        result = seqgpt("train", "--data_path", "asked", "--output_dir", "m", "--num_epochs", 14, "--max_length", 16, *TINY, *SURE, "--n_layer", 2, "--n_embd", 32, cwd=folder, drawn=False)
         assert result.returncode == 0, result.stderr
     return once(asked)
 
