@@ -164,7 +164,8 @@ def classifier(melodies, once):
     def classifier(folder):
         write_named(folder, melodies)
         assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--num_epochs", 4, "--max_length", 16, *TINY, cwd=folder, bare=True).returncode == 0
-        result = seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c", "--num_epochs", 30, "--learning_rate", 1e-2, "--batch_size", 16, cwd=folder)
+        result = seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c", "--num_epochs", 60, "--eval_steps", 100, "--learning_rate", 1e-2, "--batch_size", 16,
+                        "--precision", "fp32", "--model.resid_pdrop", 0, "--model.embd_pdrop", 0, "--model.attn_pdrop", 0, cwd=folder)
         assert result.returncode == 0, result.stderr
         (folder/"printed.txt").write_text(result.stdout)
     return once(classifier)

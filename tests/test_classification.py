@@ -273,14 +273,13 @@ def test_resumed_classifier_ends_with_the_same_weights(named):
 # --- the best possible
 
 def test_markov_classes_come_near_the_best_possible(tmp_path):
-    sizes = "--symbols 6 --classes 3 --branching 3 --difference 1 --concentration 0.5 --min_length 8 --max_length 20".split()
-    corpus = seqgpt("corpus", "markov", "--out_dir", "m", "--num_sequences", 4000, *sizes, cwd=tmp_path)
-    seqgpt("corpus", "markov", "--out_dir", "new", "--num_sequences", 1000, "--draw_seed", 1, *sizes, cwd=tmp_path)
+    sizes = "--symbols 6 --classes 2 --branching 3 --difference 1 --concentration 1 --min_length 16 --max_length 20".split()
+    corpus = seqgpt("corpus", "markov", "--out_dir", "m", "--num_sequences", 2000, *sizes, cwd=tmp_path)
+    seqgpt("corpus", "markov", "--out_dir", "new", "--num_sequences", 600, "--draw_seed", 1, *sizes, cwd=tmp_path)
     result = seqgpt("train", "--task", "classification", "--data_path", "m", "--validation_path", "new", "--max_length", 20, "--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--batch_size", 32,
-                    "--num_epochs", 3, "--learning_rate", 3e-3, "--warmup_steps", 0.1, "--model.resid_pdrop", 0, "--model.embd_pdrop", 0, cwd=tmp_path)
+                    "--num_epochs", 4, "--learning_rate", 5e-3, "--warmup_steps", 0.1, "--model.resid_pdrop", 0, "--model.embd_pdrop", 0, "--model.attn_pdrop", 0, cwd=tmp_path, drawn=False)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path/"outputs/best_model/evaluation/metrics.json").read_text())
-    again = seqgpt("corpus", "markov", "--out_dir", "again", "--num_sequences", 1000, "--draw_seed", 1, *sizes, cwd=tmp_path).stdout
+    again = seqgpt("corpus", "markov", "--out_dir", "again", "--num_sequences", 600, "--draw_seed", 1, *sizes, cwd=tmp_path).stdout
     assert f"accuracy {metrics['best_accuracy']:.2%}, from the whole sequence" in again and corpus.returncode == 0
-    print(metrics["accuracy_below_best"], metrics["best_accuracy"])
-    assert metrics["accuracy_below_best"] < 0.05 and "points below the best" in result.stdout
+    assert metrics["best_accuracy"] > 0.9 and metrics["accuracy_below_best"] < 0.05 and "points below the best" in result.stdout

@@ -1,7 +1,11 @@
 "The installed command, as a user types it."
+import contextlib
 import importlib
+import io
 import json
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +16,8 @@ import torch
 import yaml
 from conftest import NOTES, ROOT, TINY, VOCAB, installed, refused, seqgpt, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer
+
+from seqgpt.corpora import write_digits
 
 RUN = ["train", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
 
@@ -176,9 +182,14 @@ def test_without_a_seed_samples_differ(trained):
 
 
 def test_a_closed_pipe_is_no_error(trained):
-    command = "seqgpt infer --model_path outputs/best_model --mode generate --num_samples 3000 --max_new_tokens 3 | head -n 1"
-    result = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, timeout=120)
-    assert len(result.stdout.splitlines()) == 1 and result.stderr == ""
+    "As behind `seqgpt infer ... | head`, when head has ended."
+    from seqgpt.cli import main
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.chdir(trained), os.fdopen(writer, "w") as pipe, contextlib.redirect_stdout(pipe), contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main("infer --model_path outputs/best_model --mode generate --num_samples 3 --max_new_tokens 3".split())
+        pipe.write("more") # nor is what the interpreter writes at its end
+    assert code == 0 and err.getvalue() == ""
 
 
 def test_infer_mistakes(trained):
@@ -335,10 +346,19 @@ def test_digits_corpus(tmp_path):
     refused(seqgpt("corpus", "digit", "--out_dir", "e", cwd=tmp_path), "digits")
 
 
-def test_scripts_under_their_original_names(tmp_path):
-    script = lambda name, *args: subprocess.run([sys.executable, ROOT/name, *args], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    trained = script("train_gpt.py", "--max_steps", "2", "--batch_size", "4", "--num_epochs", "1", "--learning_rate", "1e-3", "--max_length", "258",
-                     "--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--eval_steps", "1")
-    assert trained.returncode == 0 and (tmp_path/"outputs/samples.png").exists(), trained.stderr
-    drawn = script("inference.py", "--model_path", "outputs/best_model", "--mode", "generate", "--max_new_tokens", "5")
+def test_without_data_the_digits_are_learned(tmp_path):
+    result = seqgpt("train", "--max_steps", 1, "--max_length", 258, *TINY, cwd=tmp_path, bare=True)
+    assert result.returncode == 0 and "1,797 sequences" in result.stdout, result.stderr
+    assert len(json.loads((tmp_path/"outputs/data/vocab.json").read_text())) == 516
+
+
+def test_scripts_under_their_original_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path/"d", 8)
+    lines = (tmp_path/"d/sequences.jsonl").read_text().splitlines(True)
+    (tmp_path/"d/sequences.jsonl").write_text("".join(lines[:100]))
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *"--data_path d --max_steps 2 --batch_size 4 --num_epochs 1 --learning_rate 1e-3 --max_length 66 --n_layer 1 --n_head 2 --n_embd 16 --eval_steps 1".split()])
+    with pytest.raises(SystemExit) as end: runpy.run_path(str(ROOT/"train_gpt.py"), run_name="__main__")
+    assert end.value.code == 0 and (tmp_path/"outputs/samples.png").exists()
+    drawn = subprocess.run([sys.executable, ROOT/"inference.py", *"--model_path outputs/best_model --mode generate --max_new_tokens 5".split()], capture_output=True, text=True, timeout=600)
     assert drawn.returncode == 0 and drawn.stdout.startswith("r"), drawn.stderr

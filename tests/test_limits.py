@@ -107,7 +107,7 @@ def measured(markov):
     lines = (folder/"m/sequences.jsonl").read_text().splitlines(True)
     (folder/"m/train.jsonl").write_text("".join(lines[:240]))
     (folder/"m/validation.jsonl").write_text("".join(lines[240:]))
-    result = seqgpt("train", "--data_path", "m/train.jsonl", "--validation_path", "m/validation.jsonl", "--max_length", 24, "--num_epochs", 4, *TINY, cwd=folder)
+    result = seqgpt("train", "--data_path", "m/train.jsonl", "--validation_path", "m/validation.jsonl", "--max_length", 24, "--num_epochs", 4, *TINY, cwd=folder, drawn=False)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -147,7 +147,7 @@ def test_samples_are_held_against_the_source(measured):
 
 def test_evaluations_repeat(measured):
     folder, _ = measured
-    ask = lambda out, *args: seqgpt("evaluate", "--model_path", "outputs/best_model", "--out_dir", out, *args, cwd=folder)
+    ask = lambda out, *args: seqgpt("evaluate", "--model_path", "outputs/best_model", "--out_dir", out, *args, cwd=folder, drawn=False)
     order = json.loads((folder/"m/source.json").read_text())["order"]
     for out, seed in (("a", 0), ("b", 1)): assert ask(f"{out}{order}", "--seed", seed).returncode == 0
     first, a, b = (json.loads((folder/p/"metrics.json").read_text()) for p in ("outputs/best_model/evaluation", f"a{order}", f"b{order}"))
@@ -166,7 +166,7 @@ def test_a_source_that_does_not_fit_costs_only_the_floor(measured, damage, words
     source = (folder/"m/source.json").read_text()
     try:
         (folder/"m/source.json").write_text(damage(json.loads(source)))
-        result = seqgpt("evaluate", "--model_path", "outputs/best_model", "--num_samples", 2, "--out_dir", tmp_path/"e", cwd=folder)
+        result = seqgpt("evaluate", "--model_path", "outputs/best_model", "--num_samples", 2, "--out_dir", tmp_path/"e", cwd=folder, drawn=False)
     finally: (folder/"m/source.json").write_text(source)
     assert result.returncode == 0 and words in result.stdout, result.stdout + result.stderr
     assert "floors" not in json.loads((tmp_path/"e/metrics.json").read_text())
@@ -177,7 +177,7 @@ def test_sequences_without_labels_have_a_floor_too(measured, tmp_path):
     rows = read(folder/"m/validation.jsonl")
     (tmp_path/"some.jsonl").write_text("".join(json.dumps({"tokens": row["tokens"]}) + "\n" for row in rows))
     (tmp_path/"source.json").write_text((folder/"m/source.json").read_text())
-    assert seqgpt("evaluate", "--model_path", folder/"outputs/best_model", "--data_path", "some.jsonl", "--num_samples", 0, "--out_dir", "e", cwd=tmp_path).returncode == 0
+    assert seqgpt("evaluate", "--model_path", folder/"outputs/best_model", "--data_path", "some.jsonl", "--num_samples", 0, "--out_dir", "e", cwd=tmp_path, drawn=False).returncode == 0
     whole, unlabelled = (json.loads((p/"metrics.json").read_text()) for p in (folder/"outputs/best_model/evaluation", tmp_path/"e"))
     assert set(unlabelled["floors"]) == {"class inferred"} and unlabelled["floors"]["class inferred"] == whole["floors"]["class inferred"]
 
@@ -186,7 +186,7 @@ def test_sequences_cut_off_have_a_floor_too(markov):
     folder, _ = markov
     source, rows = json.loads((folder/"m/source.json").read_text()), read(folder/"m/sequences.jsonl")
     order = source["order"]
-    assert seqgpt("train", "--data_path", "m/sequences.jsonl", "--max_length", 12, "--max_steps", 2, "--output_dir", f"cut{order}", *TINY, cwd=folder).returncode == 0
+    assert seqgpt("train", "--data_path", "m/sequences.jsonl", "--max_length", 12, "--max_steps", 2, "--output_dir", f"cut{order}", *TINY, cwd=folder, drawn=False).returncode == 0
     metrics = json.loads((folder/f"cut{order}/best_model/evaluation/metrics.json").read_text())
     nats = tokens = 0
     for k in json.loads((folder/f"cut{order}/split.json").read_text())["validation"]:
@@ -209,7 +209,7 @@ def test_a_single_sequence_has_a_floor_and_no_interval(measured, tmp_path):
 def test_validation_path(melodies, tmp_path):
     write_lines(tmp_path/"a", [{"tokens": t} for t, _ in melodies[:150]])
     write_lines(tmp_path/"b", [{"tokens": t} for t, _ in melodies[140:]])
-    run = lambda *args: seqgpt("train", "--data_path", "a/data.jsonl", "--max_length", 16, "--max_steps", 2, *TINY, *args, cwd=tmp_path)
+    run = lambda *args: seqgpt("train", "--data_path", "a/data.jsonl", "--max_length", 16, "--max_steps", 2, *TINY, *args, cwd=tmp_path, drawn=False)
     result = run("--validation_path", "b")
     assert result.returncode == 0, result.stderr
     shared = int(re.search(r"150 sequences to train, 60 to validate; (\d+) validation sequences also stand in the training set", result.stdout)[1])
@@ -236,9 +236,9 @@ def test_samples_where_nobody_knows_the_rule(trained):
 
 def test_evaluate_without_the_training_data(melodies, tmp_path):
     write_lines(tmp_path/"gone", [{"tokens": t} for t, _ in melodies])
-    assert seqgpt("train", "--data_path", "gone", "--max_length", 16, "--max_steps", 2, *TINY, cwd=tmp_path).returncode == 0
+    assert seqgpt("train", "--data_path", "gone", "--max_length", 16, "--max_steps", 2, *TINY, cwd=tmp_path, bare=True).returncode == 0
     (tmp_path/"gone").rename(tmp_path/"moved")
-    ask = lambda *args: seqgpt("evaluate", "--model_path", "outputs/best_model", "--data_path", "moved", "--num_samples", 5, *args, cwd=tmp_path)
+    ask = lambda *args: seqgpt("evaluate", "--model_path", "outputs/best_model", "--data_path", "moved", "--num_samples", 5, *args, cwd=tmp_path, drawn=False)
     result = ask("--out_dir", "e")
     assert result.returncode == 0 and "BLEU" in result.stdout and "nearest" not in result.stdout, result.stderr
     samples = json.loads((tmp_path/"e/metrics.json").read_text())["samples"]
@@ -272,7 +272,7 @@ def test_a_foreign_source_that_could_be_is_found_out(tmp_path):
     alike = "--symbols 4 --branching 4 --classes 2 --min_length 6 --max_length 24 --concentration 0.1 --num_sequences 600".split()
     for seed in (0, 1): assert seqgpt("corpus", "markov", "--out_dir", f"m{seed}", "--seed", seed, *alike, cwd=tmp_path).returncode == 0
     (tmp_path/"m0/source.json").write_bytes((tmp_path/"m1/source.json").read_bytes())
-    result = seqgpt("train", "--data_path", "m0", "--max_length", 24, "--num_epochs", 10, *TINY, cwd=tmp_path)
+    result = seqgpt("train", "--data_path", "m0", "--max_length", 24, "--num_epochs", 10, *TINY, cwd=tmp_path, drawn=False)
     assert result.returncode == 0 and "source.json cannot be the source" in result.stdout, result.stdout
 
 
