@@ -59,7 +59,10 @@ def send_when_it_is_time(job, rank, answer):
     "Counts what is done to files in this folder; sends this process its signal, or fills the disk."
     send = lambda *_: fill_up(job["fill"]) if "fill" in job else os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
     def hook(event, args):
-        if event not in WRITES or os.path.isabs(str(args[0])) and not str(args[0]).startswith(os.getcwd()) or event == "open" and args[1] in ("r", "rb"): return
+        if event not in WRITES: return
+        path = str(args[0])
+        if os.path.isabs(path) and not path.startswith(os.getcwd()) or event == "open" and args[1] in ("r", "rb"): return
+        if path.endswith(".lock"): return # is opened again and again while another process holds it
         answer["events"] += 1
         if answer["events"] == job.get("event"): send()
     sys.addaudithook(hook)
