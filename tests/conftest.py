@@ -38,10 +38,9 @@ def pytest_collection_modifyitems(items):
 
 
 @contextlib.contextmanager
-def runner(*wrapper):
+def runner():
     "Answers jobs in forks of one process, see forks.py: `ask(*argv, cwd=folder)`."
-    command = [*wrapper, sys.executable, Path(__file__).with_name("forks.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, Path(__file__).with_name("forks.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         def ask(*argv, cwd, **job):
             print(json.dumps({"argv": [*map(str, argv)], "cwd": str(cwd), **job}), file=process.stdin, flush=True)
             return json.loads(process.stdout.readline())

@@ -62,7 +62,7 @@ def send_when_it_is_time(job, rank, answer):
         if event not in WRITES: return
         path = str(args[0])
         if os.path.isabs(path) and not path.startswith(os.getcwd()) or event == "open" and args[1] in ("r", "rb"): return
-        if path.endswith(".lock"): return # is opened again and again while another process holds it
+        if path.endswith(".lock") or event == "os.mkdir" and os.path.isdir(path): return # tried again and again while another process holds the lock
         answer["events"] += 1
         if answer["events"] == job.get("event"): send()
     sys.addaudithook(hook)
