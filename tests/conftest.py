@@ -11,6 +11,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 
 import contextlib
 import functools
+import gc
 import io
 import json
 import shutil
@@ -24,6 +25,7 @@ import pytest
 from filelock import FileLock
 
 fastcore.docments.docments = functools.cache(fastcore.docments.docments) # reads a module anew for each command; a process has one, the tests have thousands
+os.fsync = lambda fd: None # what the system was given outlives a process; to wait for the disk takes long
 ROOT = Path(__file__).parent.parent
 TINY = "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 16 --learning_rate 3e-3".split()
 NOTES = ["C4", "D4", "E4", "F4", "G4"]
@@ -33,8 +35,14 @@ VOCAB = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *NOTES]
 
 def pytest_collection_modifyitems(items):
     "Long ones first, so that no worker is left with one at the end."
-    long = ("test_page_runs", "test_jupyterlab", "test_pages_hold_together")
-    items.sort(key=lambda item: not item.name.startswith(long))
+    long = ("tests/test_site.py", "tests/test_jupyter.py", "tests/test_project.py::test_page_runs")
+    items.sort(key=lambda item: next((k for k, start in enumerate(long) if item.nodeid.startswith(start)), len(long)))
+
+
+def pytest_collection_finish():
+    "What has been imported is no garbage: nobody needs to look through it again, as each training would."
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager

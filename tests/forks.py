@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import importlib
 import io
 import json
 import os
@@ -31,27 +32,25 @@ import threading
 import traceback
 from pathlib import Path
 
-import fastcore.all # noqa: F401 so that no run and no page has to import anything
 import fastcore.docments
-import matplotlib.pyplot # noqa: F401
 import numpy as np
-import seaborn # noqa: F401
 import torch
-import torch.utils.tensorboard # noqa: F401
 from accelerate import DistributedType
 from nbdev.config import get_config
 from nbdev.test import test_nb
 from sklearn.model_selection import train_test_split
 
-import seqgpt.bench # noqa: F401
-import seqgpt.classification # noqa: F401
-import seqgpt.export # noqa: F401
-import seqgpt.serving # noqa: F401
 from seqgpt import cli, training
 from seqgpt.model import make_config, new_model
 from seqgpt.tokenizer import make_tokenizer
 from seqgpt.training import Config, StopOnSignal
 
+for name in """fastcore.all IPython.utils.capture matplotlib.pyplot PIL.Image rapidfuzz rouge_score.rouge_scorer sacrebleu scipy.optimize scipy.stats seaborn
+        sklearn.calibration sklearn.dummy sklearn.ensemble sklearn.feature_extraction.text sklearn.linear_model sklearn.manifold sklearn.neighbors sklearn.svm
+        torch.utils.tensorboard transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto transformers.trainer
+        seqgpt.bench seqgpt.classification seqgpt.export seqgpt.search seqgpt.serving""".split(): importlib.import_module(name) # so that no run and no page has to
+
+os.fsync = lambda fd: None # what the system was given outlives a killed process; to wait for the disk takes long
 WRITES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 
@@ -94,7 +93,7 @@ def child(job, rank, write):
     "Runs the command; writes its output, unless it is killed."
     if "port" in job: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), LOCAL_WORLD_SIZE=str(job["processes"]), MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))
     if job.get("fsdp"): share_out()
-    if job.get("bare"): cli.show_run = training.save_curves = os.fsync = lambda *_: None # what the system was given outlives a killed process
+    if job.get("bare"): cli.show_run = training.save_curves = lambda *_: None
     signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests run in the background
     answer, out, err = {"events": 0}, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

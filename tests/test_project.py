@@ -16,7 +16,7 @@ NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
 
 
 RUN = [p for p in NOTEBOOKS if p.name != "index.zh-CN.ipynb"] # which has the cells of index.ipynb
-NBDEV, JUPYTER, LAB = "00_tokenizer", "own_sequences", "inside" # run each time as readers run them, the latter two in test_jupyter.py; all others are, on request
+NBDEV, JUPYTER, LAB = "00_tokenizer", "published_digits", "inside" # run each time as readers run them, the latter two in test_jupyter.py; all others are, on request
 
 
 @pytest.mark.parametrize("notebook", [p for p in RUN if p.stem not in (NBDEV, JUPYTER, LAB)], ids=lambda p: p.stem)
