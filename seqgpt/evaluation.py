@@ -140,8 +140,8 @@ def histories(
 ) -> tuple[np.ndarray, np.ndarray]: # (tokens, 2) the last symbol and the one before; (tokens,) what came next
     "Every token but the first of each sequence, with what stood before it."
     past, targets = [], []
-    for row in dataset.with_format("numpy"):
-        ids = row["input_ids"].astype(np.int64)
+    for ids in dataset.with_format("numpy")[:]["input_ids"]: # all at once: row by row takes much longer
+        ids = ids.astype(np.int64)
         past.append(np.stack([ids[:-1], np.concatenate([[vocab_size], ids[:-2]])], axis=1))
         targets.append(ids[1:])
     return np.concatenate(past), np.concatenate(targets)
