@@ -1,7 +1,6 @@
 "The documentation is built without a warning, holds together, and works in a browser."
 import http.server
 import shutil
-import subprocess
 import threading
 from functools import partial
 from urllib.parse import unquote, urldefrag
@@ -12,12 +11,20 @@ from bs4 import BeautifulSoup
 from conftest import ROOT
 
 
+BUILD = """
+import runpy
+try: runpy.run_path("docs/build.py", run_name="__main__")
+except SystemExit as e: assert not e.code, e.code
+"""
+
+
 @pytest.fixture(scope="module")
-def site(once):
-    "The folder of the site. Warnings of Sphinx are errors."
+def site(forks, once):
+    "The folder of the site, as `make docs` makes it. Warnings of Sphinx are errors."
+    assert "docs:\n\tpython docs/build.py\n" in (ROOT/"Makefile").read_text()
     def site(folder):
-        built = subprocess.run(["make", "docs"], cwd=ROOT, capture_output=True, text=True, timeout=3600)
-        assert built.returncode == 0, built.stdout[-1000:] + built.stderr[-4000:]
+        built = forks(cwd=ROOT, code=BUILD)
+        assert built["passed"], built["printed"][-5000:]
         shutil.copytree(ROOT/"_docs", folder, dirs_exist_ok=True)
     return once(site)
 
