@@ -114,7 +114,7 @@ def glossary(page: Path):
     write_nb(nb, page)
 
 
-def as_text(page: Path) -> str:
+def as_text(page: Path, exporter: MarkdownExporter) -> str:
     "A prepared page as Markdown; of a picture, what is seen."
     nb = nbformat.read(page, 4)
     nb.metadata["language_info"] = {"name": "python"}
@@ -122,15 +122,15 @@ def as_text(page: Path) -> str:
         for output in cell.get("outputs", []):
             seen = cell.metadata.get("mystnb", {}).get("image", {}).get("alt")
             if "data" in output: output.data = {"text/plain": f"[{seen}]" if "image/png" in output.data else output.data.get("text/plain", "")}
-    text = re.sub(r"!\[(.*?)\]\(.*?\)", r"[\1]", MarkdownExporter().from_notebook_node(nb)[0])
+    text = re.sub(r"!\[(.*?)\]\(.*?\)", r"[\1]", exporter.from_notebook_node(nb)[0])
     return re.sub(r"\]\(([\w./-]+)\.ipynb\)", r"](\1.md)", text)
 
 
 def for_machines(pages: Path, names: list[str], out: Path):
     "`llms.txt`, and each page as Markdown beside its HTML (llmstxt.org)."
-    lines = []
+    lines, exporter = [], MarkdownExporter()
     for name in names:
-        text = as_text(pages/name)
+        text = as_text(pages/name, exporter)
         (out/name).with_suffix(".md").write_text(text, encoding="utf-8")
         title, about = (re.search(pattern, text, re.M)[1] for pattern in (r"^# (.+)", r"^> (.+)"))
         lines.append(f"- [{title}]({name.removesuffix('ipynb')}md): {about}")
