@@ -3,9 +3,7 @@ import contextlib
 import gc
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import threading
 import tracemalloc
@@ -99,7 +97,9 @@ def test_sequences_learned_by_heart_are_no_divergence(tmp_path, undrawn):
 # --- memory that runs out
 
 OUT = """
-import contextlib, os, re, resource, sys, tempfile, psutil
+import os
+os.environ["CUDA_VISIBLE_DEVICES"] = "" # the memory of a GPU would not run out
+import contextlib, re, resource, sys, tempfile, psutil
 from seqgpt.cli import main
 import seqgpt.training as T
 
@@ -131,10 +131,10 @@ assert code == 1 and "Not even one" in said and re.search(r"parameters alone tak
 """
 
 
-def test_out_of_memory_says_what_fits(config, tmp_path):
+def test_out_of_memory_says_what_fits(config, tmp_path, forks):
     (tmp_path/"data").symlink_to(config.data_path)
-    result = subprocess.run([sys.executable, "-c", OUT], cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=1800) # the memory of a GPU would not run out
-    assert result.returncode == 0, result.stdout + result.stderr
+    ran = forks(cwd=tmp_path, code=OUT)
+    assert ran["passed"], ran["printed"]
 
 
 def test_what_was_computed_is_gone_before_less_is_tried(sequences, tmp_path, monkeypatch):
