@@ -1,6 +1,7 @@
 "Labels in front of sequences: writing such a corpus, asking for a label, guidance."
 import json
 import shutil
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from seqgpt.corpora import digits_shape
 from seqgpt.data import read_corpus
+from seqgpt.export import FORMS
 from seqgpt.inference import encode_prompt, generate
 from seqgpt.model import load_model
 from seqgpt.tokenizer import load_tokenizer, make_tokenizer
@@ -44,10 +46,10 @@ def digits(once):
 
 @pytest.fixture(scope="module")
 def exported(digits, once):
-    "That model, also as ONNX."
+    "That model, also as ONNX: the fast form, which the page and `infer` take."
     def exported_digits(folder):
         shutil.copytree(digits, folder, dirs_exist_ok=True)
-        result = seqgpt("export", "--model_path", "m/best_model", cwd=folder)
+        with patch.dict("seqgpt.export.FORMS", clm={"fast": FORMS["clm"]["fast"]}): result = seqgpt("export", "--model_path", "m/best_model", cwd=folder)
         assert result.returncode == 0, result.stderr
     return once(exported_digits)
 

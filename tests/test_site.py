@@ -108,18 +108,20 @@ def test_pages_hold_together_in_a_browser(pages, address, chromium):
     broken = "[...document.images].filter(i => !i.complete || i.naturalWidth == 0).map(i => i.src)"
     wide = "document.documentElement.scrollWidth - innerWidth"
     both = {"index.html", "03_model.html", "tutorials/inside.html"} # are seen in both themes, the other notebooks in one of them in turn
+    widths = [1440, 360]
     with tab(chromium, viewport={"width": 1440, "height": 900}) as page:
-        for k, name in enumerate(notebooks()):
-            for theme in ("light", "dark") if name in both else (("light", "dark")[k % 2],):
-                page.set_viewport_size({"width": 1440, "height": 900})
-                page.emulate_media(color_scheme=theme)
+        for k, theme in enumerate(("light", "dark")):
+            page.emulate_media(color_scheme=theme)
+            for name in sorted({*notebooks()[k::2]} | both):
                 page.goto(address + name)
                 assert page.evaluate("document.documentElement.dataset.theme") == theme
-                for width in (1440, 360):
+                for width in widths:
                     page.set_viewport_size({"width": width, "height": 900})
                     page.wait_for_function("width => innerWidth == width", arg=width)
                     assert page.evaluate(wide) <= 0, f"{name} is wider than {width} pixels"
-            assert page.evaluate(broken) == [], name
+                widths.reverse() # the next page is laid out at this width first
+                assert page.evaluate(broken) == [], name
+        page.set_viewport_size({"width": 360, "height": 900})
         for name in sorted(pages.keys() - {*notebooks()}): # sources and indexes too
             page.goto(address + name)
             assert page.evaluate(wide) <= 0, f"{name} is wider than a phone"
