@@ -212,14 +212,15 @@ def test_it_shows_what_streams_and_stop_frees_the_place(digits, page):
         assert len(asked) < 3 # not for each token
         may_answer.set()
         expect(page.locator("#of")).to_contain_text("Of continuation 1, as far as it is shown") # while it goes on
-        drawing, tokens = [*service.engine.running], service.engine.tokens
-        assert drawing and tokens <= 4*20
+        drawing = [*service.engine.running]
+        drawn = [len(c.new) for c in drawing]
+        assert drawn and {*drawn} == {20}
         page.get_by_role("button", name="Stop", exact=True).click()
         expect(page.get_by_role("status")).to_have_text("Stopped.")
         left(page, drawing)
         del service.engine.turn
         says(page, digits, prompt + added(page)[:-1])
-        assert service.engine.tokens == tokens
+        assert [len(c.new) for c in drawing] == drawn
         may_answer.clear()
         before = len(asked)
         goes(page)
