@@ -440,7 +440,7 @@ def alone(
     try: lock.acquire(blocking=False)
     except Timeout:
         if not wait: raise InputError(taken) from None
-        tqdm.write(taken)
+        if os.environ.get("RANK", "0") == "0": tqdm.write(taken) # of the processes of a run, one speaks
         lock.acquire()
     try: yield
     finally: lock.release()

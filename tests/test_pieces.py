@@ -257,6 +257,18 @@ if one: assert os.waitpid(one, 0)[1] == 0
 """
 
 
+@pytest.mark.parametrize("rank, said", [("0", "waiting\n"), ("1", "")])
+def test_of_the_processes_of_a_run_one_says_that_it_waits(rank, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    acquire = D.FileLock.acquire
+    def is_taken(lock, blocking=True):
+        if not blocking: raise D.Timeout(lock.lock_file)
+        return acquire(lock)
+    monkeypatch.setattr(D.FileLock, "acquire", is_taken)
+    with D.alone(tmp_path/"lock", "waiting", wait=True): pass
+    assert capsys.readouterr().out == said
+
+
 def test_one_after_the_other_where_two_encode_the_same(forks, tmp_path):
     write(tmp_path/"a", "lines", records(1_000))
     (tmp_path/"vocab.json").write_text(json.dumps(VOCAB))
