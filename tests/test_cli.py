@@ -360,7 +360,8 @@ def test_scripts_under_their_original_names(tmp_path, monkeypatch, capsys):
     write_digits(tmp_path/"d", 8)
     lines = (tmp_path/"d/sequences.jsonl").read_text().splitlines(True)
     (tmp_path/"d/sequences.jsonl").write_text("".join(lines[:100]))
-    run("train_gpt.py", "--data_path d --max_steps 2 --batch_size 4 --num_epochs 1 --learning_rate 1e-3 --max_length 66 --n_layer 1 --n_head 2 --n_embd 16 --eval_steps 1")
+    size = "--max_length 66 --n_layer 1 --n_head 2 --n_embd 16"
+    run("train_gpt.py", f"--data_path d --max_steps 2 --batch_size 4 --num_epochs 1 --learning_rate 1e-3 --eval_steps 1 {size}")
     assert (tmp_path/"outputs/samples.png").exists()
     capsys.readouterr()
     run("inference.py", "--model_path outputs/best_model --mode generate --max_new_tokens 5")

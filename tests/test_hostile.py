@@ -150,7 +150,8 @@ for args in json.load(open("cases.json")):
     before = resource.getrusage(resource.RUSAGE_SELF)
     result = seqgpt(*args, cwd=".")
     after = resource.getrusage(resource.RUSAGE_SELF)
-    with open("answers.jsonl", "a") as file: print(json.dumps([result.returncode, result.stderr, (after.ru_maxrss - before.ru_maxrss) / 2**10]), file=file)
+    answer = [result.returncode, result.stderr, (after.ru_maxrss - before.ru_maxrss) / 2**10]
+    with open("answers.jsonl", "a") as file: print(json.dumps(answer), file=file)
 """
 
 

@@ -49,7 +49,8 @@ def exported(digits, once):
     "That model, also as ONNX: the fast form, which the page and `infer` take."
     def exported_digits(folder):
         shutil.copytree(digits, folder, dirs_exist_ok=True)
-        with patch.dict("seqgpt.export.FORMS", clm={"fast": FORMS["clm"]["fast"]}): result = seqgpt("export", "--model_path", "m/best_model", cwd=folder)
+        with patch.dict("seqgpt.export.FORMS", clm={"fast": FORMS["clm"]["fast"]}):
+            result = seqgpt("export", "--model_path", "m/best_model", cwd=folder)
         assert result.returncode == 0, result.stderr
     return once(exported_digits)
 
