@@ -6,13 +6,16 @@ import re
 import shutil
 import sys
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from textwrap import dedent
+from unittest.mock import patch
 
 import nbformat
 from fastcore.docments import docments
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from nbconvert import MarkdownExporter
+from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 from sphinx.cmd.build import build_main
 
@@ -139,7 +142,8 @@ def for_machines(pages: Path, names: list[str], out: Path):
 
 def build() -> int:
     "Builds the site into `_docs`; the exit code of Sphinx, which takes warnings for errors."
-    pages = Path(proc_nbs(str(ROOT/"nbs"), n_workers=0, force=True)).resolve()
+    with patch("nbdev.processors.get_config", cache(get_config)): # else it reads pyproject.toml for each cell
+        pages = Path(proc_nbs(str(ROOT/"nbs"), n_workers=0, force=True)).resolve()
     book, made = parts(pages), pages/".build/html"
     for page in pages.rglob("*.ipynb"): prepare(page)
     glossary(pages/"glossary.ipynb")

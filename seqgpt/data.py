@@ -547,6 +547,7 @@ def encode_files(
     from joblib.externals.loky import get_reusable_executor
     pieces = cut_files(files, PIECE)
     helpers, accounts = min(len(pieces), cpu_count()) if len(pieces) > 4 else 1, {} # to start them takes as long as a few pieces
+    threads = {*threading.enumerate()}
     try:
         with tqdm(total=sum(span.size for piece in pieces for span in piece), unit="B", unit_scale=True, desc="Encoding", delay=2, leave=False) as bar:
             own = {"progress": bar.update} if helpers < 2 else {}
@@ -556,6 +557,8 @@ def encode_files(
                 if not own: bar.update(sum(span.size for span in pieces[k]))
     finally:
         if helpers > 1: get_reusable_executor(reuse=True).shutdown(kill_workers=True) # else they would keep their memory for minutes
+        for thread in {*threading.enumerate()} - threads:
+            if thread.name == "QueueFeederThread": thread.join(5) # joblib does not: at the end of this process it could leave a warning
     total, problems, before = Counter(dict.fromkeys(("sequences", "tokens", "shortest", "longest", "long_sequences", "tokens_lost", "pieces", "lines"), 0)), Problems(), Counter()
     for k, piece in enumerate(pieces):
         counts, account = accounts[k][1]["counts"], accounts[k][1]

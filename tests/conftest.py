@@ -6,7 +6,8 @@ from pathlib import Path
 
 cache = tempfile.TemporaryDirectory() # of encoded data; removed at the end
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", MPLBACKEND="agg", HF_DATASETS_CACHE=cache.name,
-                  OMP_NUM_THREADS="1") # the tests run side by side
+                  OMP_NUM_THREADS="1", # the tests run side by side
+                  TORCH_FAKE_TENSOR_DISPATCH_CACHE="0") # with sizes that stay open, as in our exports, it costs more than it saves
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 import contextlib
