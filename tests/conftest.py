@@ -16,6 +16,7 @@ import gc
 import io
 import json
 import shutil
+import socket
 import subprocess
 from unittest.mock import patch
 
@@ -34,32 +35,45 @@ NAMES = ["down $", "up"] # of the classes of melodies; a dollar is special in pi
 VOCAB = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *NOTES])}
 
 
+def pytest_configure(config):
+    "Starts the process for `forks`, one for all workers."
+    if hasattr(config, "workerinput"): return
+    os.environ["SEQGPT_FORKS"] = f"{cache.name}/forks"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.environ["SEQGPT_FORKS"])
+        listening.listen()
+        command = [sys.executable, Path(__file__).with_name("forks.py"), str(listening.fileno())]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listening.fileno()])
+    config.add_cleanup(lambda: (process.stdin.close(), process.wait()))
+
+
 def pytest_collection_modifyitems(items):
     "Long ones first, so that no worker is left with one at the end."
     long = ("tests/test_site.py", "tests/test_jupyter.py", "tests/test_project.py::test_page_runs")
     items.sort(key=lambda item: next((k for k, start in enumerate(long) if item.nodeid.startswith(start)), len(long)))
 
 
-def pytest_collection_finish():
+frozen = set()
+
+
+def pytest_runtest_setup():
     "What has been imported is no garbage: nobody needs to look through it again, as each training would."
+    if len(sys.modules) < len(frozen) + 50: return
     gc.collect()
     gc.freeze()
-
-
-@contextlib.contextmanager
-def runner():
-    "Answers jobs in forks of one process, see forks.py: `ask(*argv, cwd=folder)`."
-    with subprocess.Popen([sys.executable, Path(__file__).with_name("forks.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        def ask(*argv, cwd, **job):
-            print(json.dumps({"argv": [*map(str, argv)], "cwd": str(cwd), **job}), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
-        yield ask
-        process.stdin.close()
+    frozen.update(sys.modules)
 
 
 @pytest.fixture(scope="session")
 def forks():
-    with runner() as ask: yield ask
+    "Answers jobs in forks of one process, see forks.py: `forks(*argv, cwd=folder)`."
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ["SEQGPT_FORKS"])
+        with connection.makefile("rw") as lines:
+            def ask(*argv, cwd, **job):
+                print(json.dumps({"argv": [*map(str, argv)], "cwd": str(cwd), **job}), file=lines, flush=True)
+                return json.loads(lines.readline())
+            yield ask
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Runs and pages, each in a fork of one process that has imported everything: starting a new process takes seconds.
 
-`python forks.py`, then a job on each line of standard input, as JSON; the answer is a line of standard output. A job works in the folder `cwd`.
+`python forks.py FD` waits at a listening socket, which it inherits, until standard input ends. Who connects sends jobs,
+a line of JSON for each, and gets a line in answer. A job works in the folder `cwd`.
 
 - `page`: a notebook, run from top to bottom as `nbdev-test` does; also its cells marked with one of `flags`. Or `code`, run as a script. The answer: whether it `passed`, and what was `printed`.
 - `argv` of `seqgpt`, with these if wanted:
@@ -23,6 +24,7 @@ import importlib
 import io
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -31,6 +33,10 @@ import tempfile
 import threading
 import traceback
 from pathlib import Path
+
+if __name__ == "__main__": # what follows takes seconds: nothing of it until somebody asks
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    if sys.stdin in select.select([listening, sys.stdin], [], [])[0]: sys.exit()
 
 import fastcore.docments
 import numpy as np
@@ -182,10 +188,21 @@ def warm_up():
     gc.freeze()
 
 
+def serve(listening):
+    "Answers each who connects in a process of its own, until standard input ends."
+    while sys.stdin not in select.select([listening, sys.stdin], [], [])[0]:
+        connection, _ = listening.accept()
+        if os.fork() == 0:
+            with connection.makefile("rw") as lines:
+                for line in lines:
+                    job = json.loads(line)
+                    os.chdir(job["cwd"])
+                    print(json.dumps(run(job)), file=lines, flush=True)
+            os._exit(0)
+        connection.close()
+
+
 if __name__ == "__main__":
     warm_up()
     assert threading.active_count() == 1, threading.enumerate()
-    for line in sys.stdin:
-        job = json.loads(line)
-        os.chdir(job["cwd"])
-        print(json.dumps(run(job)), flush=True)
+    serve(listening)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, installed, refused, seqgpt, write_lines, write_named
+from matplotlib.figure import Figure
 
 from seqgpt import search as S
 from seqgpt.cli import EXTRAS
@@ -21,6 +22,7 @@ RUN = ["search", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
 def corpus(melodies, tmp_path, monkeypatch):
     write_lines(tmp_path, [{"tokens": t} for t, l in melodies[:100]])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(S, "plot_study", lambda found: Figure()) # drawn anew after each trial; the installed command does it
     return tmp_path
 
 
