@@ -28,7 +28,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from seqgpt.export import OnnxModel
 from seqgpt.inference import generate
-from seqgpt.serving import ARRIVAL, HEADERS, Service, make_app, running
+from seqgpt.serving import ARRIVAL, HEADERS, Service, make_app, running, server_for
 from seqgpt.tokenizer import InputError, make_tokenizer, save_tokenizer
 
 BOS, EOS, SPECIAL = 1, 8, {1, 3, 8, 11}
@@ -56,6 +56,12 @@ def served(made, key=None, hosts=["*"], **limits):
 @pytest.fixture(scope="module")
 def service(made):
     with served(made) as service: yield service
+
+
+def test_answers_are_sent_at_once():
+    "Small parts too: else a system waits for the receipt of the one before, which the other may hold back for 40 ms."
+    _, listening, _ = server_for(None, port=0)
+    with listening, socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted: assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def state(service): return service.http.get("/healthz").json()
