@@ -200,6 +200,8 @@ def serve(listening):
                     print(json.dumps(run(job)), file=lines, flush=True)
             os._exit(0)
         connection.close()
+    with contextlib.suppress(ChildProcessError):
+        while True: os.wait()
 
 
 if __name__ == "__main__":
