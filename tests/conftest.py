@@ -25,9 +25,11 @@ import matplotlib.figure
 import numpy as np
 import pytest
 from filelock import FileLock
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 fastcore.docments.docments = functools.cache(fastcore.docments.docments) # reads a module anew for each command; a process has one, the tests have thousands
 os.fsync = lambda fd: None # what the system was given outlives a process; to wait for the disk takes long
+ConstrainedLayoutEngine.execute = lambda self, figure: None # pictures are drawn, but not arranged: that takes longer, and nobody looks at these
 ROOT = Path(__file__).parent.parent
 TINY = "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 16 --learning_rate 3e-3".split()
 NOTES = ["C4", "D4", "E4", "F4", "G4"]

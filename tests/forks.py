@@ -42,6 +42,7 @@ import fastcore.docments
 import numpy as np
 import torch
 from accelerate import DistributedType
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from nbdev.config import get_config
 from nbdev.test import test_nb
 from sklearn.model_selection import train_test_split
@@ -57,6 +58,7 @@ for name in """fastcore.all IPython.utils.capture matplotlib.pyplot PIL.Image ra
         seqgpt.bench seqgpt.classification seqgpt.export seqgpt.search seqgpt.serving""".split(): importlib.import_module(name) # so that no run and no page has to
 
 os.fsync = lambda fd: None # what the system was given outlives a killed process; to wait for the disk takes long
+ConstrainedLayoutEngine.execute = lambda self, figure: None # pictures are drawn, but not arranged: that takes longer, and nobody looks at these
 WRITES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 
