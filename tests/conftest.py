@@ -74,7 +74,8 @@ def forks():
         with connection.makefile("rw") as lines:
             def ask(*argv, cwd, **job):
                 print(json.dumps({"argv": [*map(str, argv)], "cwd": str(cwd), **job}), file=lines, flush=True)
-                return json.loads(lines.readline())
+                if not (answer := lines.readline()): raise EOFError("tests/forks.py has ended; what it said is above, at the start of the output.")
+                return json.loads(answer)
             yield ask
 
 

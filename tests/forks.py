@@ -118,20 +118,26 @@ def run_page(path, flags=()):
     return test_nb(path, skip_flags=config.tst_flags.split(), force_flags=flags, basepath=config.config_path)[0]
 
 
+DONE = 77 # exit code of a page that came to its end: it may have ended itself before, with another
+
+
 def shown(do):
-    "Calls `do` in a child, which says whether it passed; at its end what it has started is stopped, and what it has written for itself is removed."
+    "Calls `do` in a child, which says whether it passed; at its end what it has started is killed, and what it has written for itself is removed."
     with tempfile.TemporaryFile("w+") as said:
         if (pid := os.fork()) == 0:
+            os.setpgid(0, 0)
             for stream in (1, 2): os.dup2(said.fileno(), stream)
             passed = False
             try: passed = do()
             except BaseException: traceback.print_exc()
             atexit._run_exitfuncs()
             for stream in (sys.stdout, sys.stderr): stream.flush()
-            os._exit(not passed) # a whole exit would end threads of this process, which the child does not have
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            os._exit(DONE if passed else 1) # a whole exit would end threads of this process, which the child does not have
+        try: code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        finally:
+            with contextlib.suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)
         said.seek(0)
-        return {"passed": code == 0, "printed": said.read()}
+        return {"passed": code == DONE, "printed": f"{said.read()}\n(exit code {code})"}
 
 
 def on_disk(size, jobs):

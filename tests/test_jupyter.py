@@ -110,7 +110,8 @@ def use_canvas(page):
     page.wait_for_function(f"c => ({INKED})(c) == 0", arg=canvas.element_handle())
 
 
-def test_jupyterlab_runs_a_notebook_and_answers(lab, folder):
+@pytest.mark.parametrize("notebook", [LAB]) # so that `-k` finds it
+def test_jupyterlab_runs_a_notebook_and_answers(notebook, lab, folder):
     with launched() as chromium, tab(chromium, viewport={"width": 1280, "height": 900}) as page:
         page.goto(f"{lab}tree/{IN_LAB}")
         run_all(page)

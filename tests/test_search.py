@@ -97,7 +97,7 @@ class Stop(S.Report):
 
 
 def test_an_interrupted_search_ends_as_one_that_was_not(base, corpus, monkeypatch):
-    space = {"learning_rate": "1e-4..1e-1", "n_head": [2, 3], "weight_decay": "0.0..0.3"}
+    space = {"learning_rate": "1e-4..1e-1", "n_head": [2, 4], "weight_decay": "0.0..0.3"}
     whole = S.search(S.replace(base, output_dir="whole"), space, 5)
     with monkeypatch.context() as patch:
         patch.setattr(S, "Report", Stop)
