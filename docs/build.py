@@ -149,7 +149,8 @@ def build() -> int:
     glossary(pages/"glossary.ipynb")
     front = read_nb(pages/"index.ipynb")
     write_nb(front | {"cells": [*front.cells[:2], mk_cell(TRY, "markdown"), *front.cells[2:], *(mk_cell(contents(*part), "markdown") for part in book.items() if part[1])]}, pages/"index.ipynb")
-    code = build_main(["-W", "--keep-going", "-q", "-c", str(ROOT/"docs"), "-d", str(pages/".build/doctrees"), str(pages), str(made)])
+    settings = ["-c", str(ROOT/"docs"), "-d", str(pages/".build/doctrees")]
+    code = build_main(["-W", "--keep-going", "-q", *settings, str(pages), str(made)])
     if code: return code
     write_nb(front, pages/"index.ipynb")
     write_page(ROOT/"docs/model/fast_int8.onnx", made/"digits.html")

@@ -557,8 +557,8 @@ def encode_files(
                 if not own: bar.update(sum(span.size for span in pieces[k]))
     finally:
         if helpers > 1: get_reusable_executor(reuse=True).shutdown(kill_workers=True) # else they would keep their memory for minutes
-        for thread in {*threading.enumerate()} - threads:
-            if thread.name == "QueueFeederThread": thread.join(5) # joblib does not: at the end of this process it could leave a warning
+        for thread in {*threading.enumerate()} - threads: # joblib does not wait for it: it could leave a warning at the end
+            if thread.name == "QueueFeederThread": thread.join(5)
     total, problems, before = Counter(dict.fromkeys(("sequences", "tokens", "shortest", "longest", "long_sequences", "tokens_lost", "pieces", "lines"), 0)), Problems(), Counter()
     for k, piece in enumerate(pieces):
         counts, account = accounts[k][1]["counts"], accounts[k][1]

@@ -64,7 +64,7 @@ def server_for(
     "What `serve` and `running` start; raises `InputError` where the address cannot be had."
     try: listening = socket.create_server((host or " ", port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) # "" would be every address
     except (OSError, OverflowError) as e: raise InputError(f"Cannot listen on {host!r} port {port}: {(getattr(e, 'strerror', None) or str(e)).partition(' (')[0].rstrip('.')}. Choose another --port or --host.") from e
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) # else each answer waits 40 ms for the client's receipt of its first half
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) # else an answer in two parts takes 40 ms more
     logging.getLogger("asyncio").setLevel(logging.ERROR) # it warns of clients that go away
     config = uvicorn.Config(app, log_level=log_level, server_header=False, limit_concurrency=1000, timeout_graceful_shutdown=30, http="h11", h11_max_incomplete_event_size=2**16) # another parser, where it is installed, has no limit on headers
     return uvicorn.Server(config), listening, f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"

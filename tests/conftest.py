@@ -7,7 +7,7 @@ from pathlib import Path
 cache = tempfile.TemporaryDirectory() # of encoded data; removed at the end
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", MPLBACKEND="agg", HF_DATASETS_CACHE=cache.name,
                   OMP_NUM_THREADS="1", # the tests run side by side
-                  TORCH_FAKE_TENSOR_DISPATCH_CACHE="0") # with sizes that stay open, as in our exports, it costs more than it saves
+                  TORCH_FAKE_TENSOR_DISPATCH_CACHE="0") # it slows down exports, whose sizes stay open
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 import contextlib
@@ -29,7 +29,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 fastcore.docments.docments = functools.cache(fastcore.docments.docments) # reads a module anew for each command; a process has one, the tests have thousands
 os.fsync = lambda fd: None # what the system was given outlives a process; to wait for the disk takes long
-ConstrainedLayoutEngine.execute = lambda self, figure: None # pictures are drawn, but not arranged: that takes longer, and nobody looks at these
+ConstrainedLayoutEngine.execute = lambda self, figure: None # nobody looks at pictures here: to arrange them takes long
 ROOT = Path(__file__).parent.parent
 TINY = "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 16 --learning_rate 3e-3".split()
 NOTES = ["C4", "D4", "E4", "F4", "G4"]
@@ -74,7 +74,7 @@ def forks():
         with connection.makefile("rw") as lines:
             def ask(*argv, cwd, **job):
                 print(json.dumps({"argv": [*map(str, argv)], "cwd": str(cwd), **job}), file=lines, flush=True)
-                if not (answer := lines.readline()): raise EOFError("tests/forks.py has ended; what it said is above, at the start of the output.")
+                if not (answer := lines.readline()): raise EOFError("tests/forks.py has ended: see the start of the output.")
                 return json.loads(answer)
             yield ask
 

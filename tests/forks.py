@@ -58,7 +58,7 @@ for name in """fastcore.all IPython.utils.capture matplotlib.pyplot PIL.Image ra
         seqgpt.bench seqgpt.classification seqgpt.export seqgpt.search seqgpt.serving""".split(): importlib.import_module(name) # so that no run and no page has to
 
 os.fsync = lambda fd: None # what the system was given outlives a killed process; to wait for the disk takes long
-ConstrainedLayoutEngine.execute = lambda self, figure: None # pictures are drawn, but not arranged: that takes longer, and nobody looks at these
+ConstrainedLayoutEngine.execute = lambda self, figure: None # nobody looks at pictures here: to arrange them takes long
 WRITES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 
@@ -122,7 +122,7 @@ DONE = 77 # exit code of a page that came to its end: it may have ended itself b
 
 
 def shown(do):
-    "Calls `do` in a child, which says whether it passed; at its end what it has started is killed, and what it has written for itself is removed."
+    "Calls `do` in a child, which says whether it passed; then ends what the child has started, and removes its own files."
     with tempfile.TemporaryFile("w+") as said:
         if (pid := os.fork()) == 0:
             os.setpgid(0, 0)
@@ -132,7 +132,7 @@ def shown(do):
             except BaseException: traceback.print_exc()
             atexit._run_exitfuncs()
             for stream in (sys.stdout, sys.stderr): stream.flush()
-            os._exit(DONE if passed else 1) # a whole exit would end threads of this process, which the child does not have
+            os._exit(DONE if passed else 1) # not `sys.exit`: it would wait for threads that the child does not have
         try: code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         finally:
             with contextlib.suppress(ProcessLookupError): os.killpg(pid, signal.SIGKILL)

@@ -22,7 +22,7 @@ RUN = ["search", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
 def corpus(melodies, tmp_path, monkeypatch):
     write_lines(tmp_path, [{"tokens": t} for t, l in melodies[:100]])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(S, "plot_study", lambda found: Figure()) # drawn anew after each trial; the installed command does it
+    monkeypatch.setattr(S, "plot_study", lambda found: Figure()) # the installed command draws it
     return tmp_path
 
 

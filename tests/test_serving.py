@@ -61,7 +61,8 @@ def service(made):
 def test_answers_are_sent_at_once():
     "Small parts too: else a system waits for the receipt of the one before, which the other may hold back for 40 ms."
     _, listening, _ = server_for(None, port=0)
-    with listening, socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted: assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    with listening, socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def state(service): return service.http.get("/healthz").json()
