@@ -13,12 +13,13 @@ def cells(page: str) -> list[tuple[str, str, list]]:
 
 
 def readme(page: str = "index.ipynb") -> str:
-    "A front page as Markdown: hidden cells left out, outputs as text, links made to hold from the top folder."
+    "A front page as Markdown: hidden cells and hidden code left out, outputs as text, links made to hold from the top folder."
     parts, outputs = [], iter([out for kind, _, out in cells("index.ipynb") if kind == "code"]) # one run for both languages
     for kind, source, _ in cells(page):
         out = next(outputs) if kind == "code" else []
         if source.startswith("#| hide"): continue
-        parts.append(source if kind == "markdown" else f"```python\n{source}\n```")
+        if kind == "markdown": parts.append(source)
+        elif not source.startswith("#| echo: false"): parts.append(f"```python\n{source}\n```")
         text = "".join("".join(o.get("text") or o.get("data", {}).get("text/plain", "")) for o in out)
         if text: parts.append("\n".join(f"    {line}" for line in text.rstrip().splitlines()))
     top = {notebook: name for name, notebook in PAGES.items()}

@@ -1,4 +1,6 @@
 "Notebooks run, and everything made from them is in step with them."
+import ast
+import builtins
 import json
 import re
 import shutil
@@ -90,6 +92,24 @@ def test_notebook_is_clean_and_has_outputs(notebook):
     shown = [c for c in code if "".join(c["source"]).endswith(";") and not "".join(c["source"]).startswith(("#| hide", "#| export"))]
     assert any(c["outputs"] for c in code) and all(c["outputs"] for c in shown), "run nbdev-test --save"
     assert notebook.stat().st_size < 600_000
+
+
+HIDDEN = re.compile(r"^#\| *(hide|echo: *false)", re.M)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_reader_who_copies_what_is_shown_lacks_no_name(notebook):
+    "What a page shows uses no name that only a hidden cell imports or sets."
+    sources = ["".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    shown = "\n".join(s for s in sources if not HIDDEN.search(s) and not s.startswith("%%"))
+    used, known = set(), {*dir(builtins), "get_ipython"}
+    for node in ast.walk(ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", shown, flags=re.M))):
+        if isinstance(node, ast.Name): (used if isinstance(node.ctx, ast.Load) else known).add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef): known.add(node.name)
+        elif isinstance(node, ast.arg): known.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler): known.add(node.name)
+        elif isinstance(node, ast.alias): known.add(node.asname or node.name.split(".")[0])
+    assert not used - known
 
 
 def test_citation_and_licence_are_those_of_the_package():
