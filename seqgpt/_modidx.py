@@ -503,6 +503,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'seqgpt.tokenizer.save_tokenizer': ('tokenizer.html#save_tokenizer', 'seqgpt/tokenizer.py'),
                                   'seqgpt.tokenizer.symbol_problem': ('tokenizer.html#symbol_problem', 'seqgpt/tokenizer.py'),
                                   'seqgpt.tokenizer.unique': ('tokenizer.html#unique', 'seqgpt/tokenizer.py'),
+                                  'seqgpt.tokenizer.unknown_symbol_hint': ('tokenizer.html#unknown_symbol_hint', 'seqgpt/tokenizer.py'),
                                   'seqgpt.tokenizer.unknown_to_unk': ('tokenizer.html#unknown_to_unk', 'seqgpt/tokenizer.py')},
             'seqgpt.training': { 'seqgpt.training.Bar': ('training.html#bar', 'seqgpt/training.py'),
                                  'seqgpt.training.Bar.on_log': ('training.html#bar.on_log', 'seqgpt/training.py'),

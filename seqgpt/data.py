@@ -44,7 +44,7 @@ from joblib import cpu_count
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from .tokenizer import InputError, make_tokenizer, read_json, symbol_problem, unique
+from .tokenizer import InputError, make_tokenizer, read_json, symbol_problem, unique, unknown_symbol_hint
 
 # %% ../nbs/01_data.ipynb #2fa60808
 class BadLine(Exception):
@@ -72,7 +72,8 @@ def symbol_ids(
     try: return [vocab[s] for s in found]
     except (KeyError, TypeError):
         s = next(s for s in found if not isinstance(s, str) or s not in vocab)
-        raise BadLine("unknown token", repr(s)[:40] + (', a number: quote it, or use "input_ids"' if isinstance(s, int) else "")) from None
+        hint = unknown_symbol_hint(s, vocab)
+        raise BadLine("unknown token", repr(s)[:40] + (f": {hint}" if hint else "")) from None
 
 # %% ../nbs/01_data.ipynb #d26a8c09
 def frame(
