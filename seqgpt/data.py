@@ -256,11 +256,11 @@ class Problems:
 # %% ../nbs/01_data.ipynb #4af75933
 def cut(
     ids: list[int], # A framed sequence
-    max_length: int, # Longest piece, in tokens
+    max_length: int | None, # Longest piece, in tokens; None: as long as it is
     long: str = "truncate", # "truncate", "split" or "error"
 ) -> list[list[int]]: # One piece or more
     "The pieces of `ids` that are to be used; raises `BadLine` where `long` is \"error\" and `ids` is too long."
-    if len(ids) <= max_length: return [ids]
+    if max_length is None or len(ids) <= max_length: return [ids]
     if long == "error": raise BadLine("longer than max_length", f"{len(ids)} tokens")
     if long == "truncate": return [ids[:max_length]]
     return [ids[start:start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]
@@ -300,7 +300,7 @@ class Coding:
     pad_token_id: int
     bos_token_id: int
     eos_token_id: int
-    max_length: int # In tokens
+    max_length: int | None # See `cut`
     long: str # See `cut`
     classes: list[str] | None # See `read_label`
 
@@ -317,7 +317,7 @@ def encode_line(
     ids, label = parse_line(line, coding, coding.vocab, coding.classes)
     ids = array.array(np.dtype(coding.dtype).char, ids)
     pieces = cut(ids, coding.max_length, coding.long)
-    if len(ids) > coding.max_length:
+    if coding.max_length is not None and len(ids) > coding.max_length:
         report["long_sequences"] += 1
         report["tokens_lost"] += len(ids) - len(pieces[0]) if coding.long == "truncate" else 0
         report["pieces"] += len(pieces)
@@ -580,7 +580,7 @@ def encode_files(
 def read_corpus(
     data_path: str | Path, # A file in JSON Lines, plain or gzip, or in Parquet; or a folder of them
     tokenizer, # From `make_tokenizer`
-    max_length: int = 1024, # In tokens, `<bos>` and `<eos>` included
+    max_length: int | None = None, # In tokens, `<bos>` and `<eos>` included, such as a model takes; None: nothing is too long
     long: str = "truncate", # What to do with longer ones: "truncate", "split" or "error"
     skip_bad_lines: bool = False, # Go on without bad lines, and say how many
     classes: list[str] | None = None, # Every line must have one of these labels, or any where the list is empty; None: labels are optional
@@ -613,13 +613,13 @@ def read_corpus(
 
 def make_coding(
     tokenizer, # From `make_tokenizer`
-    max_length: int, # As for `read_corpus`
+    max_length: int | None, # As for `read_corpus`
     long: str, # As for `read_corpus`
     classes: list[str] | None, # As for `read_corpus`
 ) -> tuple[Coding, str]: # And its fingerprint
     "What `encode_line` needs; raises `InputError` for impossible settings."
     if long not in LONG: raise InputError(f"long is {long!r}. Choose {', '.join(LONG[:-1])} or {LONG[-1]}.")
-    if max_length < 2: raise InputError(f"max_length is {max_length}. A sequence has at least 2 tokens.")
+    if max_length is not None and max_length < 2: raise InputError(f"max_length is {max_length}. A sequence has at least 2 tokens.")
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     coding = Coding(tokenizer.get_vocab(), **special, max_length=max_length, long=long, classes=classes)
     return coding, fingerprint(4, [sorted(v.items()) if isinstance(v, dict) else v for v in asdict(coding).values()])
@@ -908,7 +908,7 @@ def batched(
 def stream_corpus(
     data_path: str | Path, # As for `read_corpus`, and so are the next
     tokenizer,
-    max_length: int = 1024,
+    max_length: int | None = None,
     long: str = "truncate",
     skip_bad_lines: bool = False,
     fraction: float = 0.2, # Share of the sequences that is kept from training; 0: none, and `validation` is empty
@@ -993,7 +993,7 @@ def write_labelled(
     tokenizer = make_tokenizer(path := find_vocab(data_path, vocab_path))
     vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
     if there := label_symbols(vocab): raise InputError(f"{path}: has symbols of labels already, {there[0]!r} first. Name the corpus without them.")
-    rows = read_corpus(data_path, tokenizer, LONGEST, classes=[]).dataset
+    rows = read_corpus(data_path, tokenizer, classes=[]).dataset
     for label in rows.unique("label"):
         if problem := symbol_problem(LABEL + label): raise InputError(f"{data_path}: label {label!r} {problem}, so it can be no symbol. Rename it.")
     without = np.random.default_rng(seed).random(len(rows)) < unlabelled_share

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY, VOCAB, refused, seqgpt, write_lines
 from matplotlib.colors import to_hex
-from seqgpt.data import CELL_COLOURS, collate, plot_batch, read_corpus
+from seqgpt.data import CELL_COLOURS, collate, plot_batch, read_corpus, stream_corpus
 from seqgpt.tokenizer import make_tokenizer
 
 FORMS = {
@@ -89,6 +89,14 @@ def test_long_sequences_are_always_said(long, said, melodies, tmp_path):
     result = seqgpt("train", "--data_path", "data.jsonl", "--max_length", 8, "--long", long, "--max_steps", 2, *TINY, cwd=tmp_path, bare=True)
     if long == "error": refused(result, said)
     else: assert result.returncode == 0 and said in result.stdout, result.stderr
+
+
+def test_without_a_length_nothing_is_cut(encode, tmp_path):
+    "However long the data is; only a model has a length, and `read_corpus` is told it."
+    path = write_lines(tmp_path, [{"tokens": ["C4"]*n} for n in (3, 1100, 70_000)])
+    corpus, (stream, _) = encode(path), stream_corpus(path, make_tokenizer(VOCAB), fraction=0)
+    assert [n - 2 for n in corpus.dataset["length"]] == [3, 1100, 70_000] == [n - 2 for n in stream.dataset.first(3)["length"]]
+    assert corpus.report["tokens_lost"] == corpus.report["long_sequences"] == 0 and "cut off" not in str(corpus)
 
 
 def test_split_keeps_every_token(melodies, encode, tmp_path):
