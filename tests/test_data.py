@@ -3,12 +3,13 @@ import gzip
 import json
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 from conftest import TINY, VOCAB, refused, seqgpt, write_lines
 from matplotlib.colors import to_hex
-from seqgpt.data import CELL_COLOURS, collate, plot_batch, read_corpus, stream_corpus
-from seqgpt.tokenizer import make_tokenizer
+from seqgpt.data import CELL_COLOURS, collate, corpus_files, plot_batch, read_corpus, stream_corpus, write_corpus
+from seqgpt.tokenizer import InputError, make_tokenizer
 
 FORMS = {
     "tokens": lambda t, l: {"tokens": t, "label": l},
@@ -54,12 +55,12 @@ BAD = {
     "malformed JSON": [b'{"tokens": ["C4"'],
     "no tokens": [b'{"note": ["C4"]}', b'{"tokens": 3}', b'{"tokens": null}', b'{"text": ["C4"], "sequence": {}}'],
     "unknown token": [b'{"tokens": ["H4"]}', b'{"tokens": [1, 2]}', b'{"tokens": [["C4"]]}', b'{"text": "C4 c4"}'],
-    "id out of range": [b'{"input_ids": [9]}', b'{"input_ids": [-1]}', b'{"input_ids": [4.0]}', b'{"input_ids": [true]}', b'{"input_ids": ["4"]}'],
+    "id out of range": [b'{"input_ids": [9]}', b'{"input_ids": [-1]}'],
+    "id is not a whole number": [b'{"input_ids": [4.5]}', b'{"input_ids": [true]}', b'{"input_ids": ["4"]}'],
     "empty sequence": [b'{"tokens": []}', b'{"text": "  "}'],
     "not UTF-8": [b'{"text": "C4 \xff"}'],
     "not an object": [b'["C4"]', b'"C4"', b'null'],
     "padding inside a sequence": [b'{"tokens": ["C4", "<pad>", "D4"]}'],
-    "label is not a whole number or a name": [b'{"tokens": ["C4"], "label": [1]}', b'{"tokens": ["C4"], "label": 1.0}', b'{"tokens": ["C4"], "label": true}', b'{"tokens": ["C4"], "label": "a\\u0000b"}'],
 }
 
 
@@ -79,8 +80,57 @@ def test_required_labels(melodies, encode, tmp_path):
     with pytest.raises(ValueError, match=r"label missing: 2, at line 2, line 5; unknown label: 2, at line 3 \('two'\), line 4 \(-1\)"): encode(path, classes=["0", "1"])
     with pytest.raises(ValueError, match=r"label missing: 2, at line 2, line 5"): encode(path, classes=[])
     assert encode(path).dataset["label"][:] == ["0", None, "two", "-1", None]
-    padded = write_lines(tmp_path/"padded", [{"tokens": ["C4"], "label": " two "}, {"tokens": ["C4"], "label": "  "}, {"tokens": ["C4"], "label": "t\nwo"}])
-    assert encode(padded, skip_bad_lines=True).dataset["label"][:] == ["two", None]
+    padded = write_lines(tmp_path/"padded", [{"tokens": ["C4"], "label": label} for label in (" two ", "  ", "t\nwo")])
+    assert encode(padded, classes=[], skip_bad_lines=True).dataset["label"][:] == ["two"]
+
+
+def test_a_label_is_a_name_however_it_is_written(encode, tmp_path):
+    same = {"1": [1, 1.0, "1", " 1"], "true": [True, "true"], "-3": [-3, -3.0], "0.5": ["0.5"]}
+    path = write_lines(tmp_path, [{"tokens": ["C4"], "label": label} for labels in same.values() for label in labels])
+    assert encode(path, classes=[]).dataset["label"][:] == [name for name, labels in same.items() for _ in labels]
+    frame = pd.DataFrame({"tokens": [["C4"], ["D4"], ["E4"]], "label": [1, None, 2]}) # pandas makes floats of it
+    frame.to_parquet(tmp_path/"a.parquet")
+    assert encode(tmp_path/"a.parquet").dataset["label"][:] == ["1", None, "2"]
+
+
+def test_a_language_model_needs_no_labels_and_says_which_it_ignores(encode, tmp_path):
+    labels = [0.5, [1], {"up": 1}, "a\0b", "x"*2000, float("inf"), "up", None, float("nan")]
+    path = write_lines(tmp_path, [{"tokens": ["C4"], "label": label} for label in labels])
+    corpus = encode(path)
+    assert corpus.dataset["label"][:] == [None]*6 + ["up", None, None] and corpus.report["labels_ignored"] == 6
+    assert "Labels that are ignored, as neither whole numbers nor names: 6" in str(corpus)
+    with pytest.raises(InputError, match="label is not a whole number or a name: 5, .*label missing: 2, .*label longer"): encode(path, classes=[])
+
+
+def test_whole_floats_are_ids(encode, tmp_path):
+    assert encode(write_lines(tmp_path, [{"input_ids": [4.0, 5, 8.0]}])).dataset["input_ids"][:] == [[1, 4, 5, 8, 2]]
+
+
+def test_words_of_letters_that_are_symbols(tmp_path):
+    "To leave such lines out would keep the sequences of one letter."
+    write_corpus(tmp_path/"dna", ["GATTACA", "ACGT"])
+    read = lambda *rows: read_corpus(write_lines(tmp_path/"c", rows), make_tokenizer(tmp_path/"dna/vocab.json"), cache_dir=tmp_path)
+    with pytest.raises(InputError, match=r"no spaces between symbols: 2, at line 1 \('GATTACA'\), line 2 \('TA'\)\.\nPut spaces between") as e:
+        read({"text": "GATTACA"}, {"tokens": ["TA"]}, {"text": "A"})
+    assert "--skip_bad_lines" not in str(e.value)
+    with pytest.raises(InputError, match="unknown token: 1, at line 1 \\('GATX'\\)"): read({"text": "GATX"}, {"text": "A"}, {"text": "A C"})
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([{"token": ["C4"]}]*9, ["but 'token')", 'Each line is an object such as {"tokens": ["a", "b"], "label": "name"}.']), ([{"tokens": ["H4"]}]*9, ["unknown token", "Mend them."]),
+    ([{"tokens": ["C4"], "labels": 1}]*9, ["label missing", "'labels'", '"label": "name"}.']), ([{"tokens": "C4"}]*9, ['"tokens" is str, not a list']),
+])
+def test_where_most_lines_are_bad_they_are_not_to_be_skipped(rows, words, encode, tmp_path):
+    with pytest.raises(InputError) as e: encode(write_lines(tmp_path, [*rows, *[{"tokens": ["C4"], "label": 0}]*5]), classes=[])
+    for word in words: assert word in str(e.value)
+    assert "--skip_bad_lines" not in str(e.value)
+
+
+def test_names_that_begin_with_a_dot_are_not_data(melodies, encode, tmp_path):
+    for name in ("a.jsonl", "._a.jsonl", ".copy.jsonl"): write_lines(tmp_path/"c", [{"tokens": t} for t, _ in melodies]).rename(tmp_path/"c"/name)
+    assert len(encode(tmp_path/"c").dataset) == len(melodies) == len(encode(tmp_path/"c/.copy.jsonl").dataset) # unless one is named
+    (tmp_path/"c/a.jsonl").unlink()
+    with pytest.raises(InputError, match="no file in this folder is called"): corpus_files(tmp_path/"c")
 
 
 @pytest.mark.parametrize("long, said", [("truncate", "tokens cut off"), ("split", "split into"), ("error", "longer than max_length")])
