@@ -108,11 +108,12 @@ def corpus_labelled(
     vocab_path: str | None = None, # Default: vocab.json beside the data
     unlabelled_share: float = 0.1, # Share of the sequences that get no label, so that the model also knows how these go, which infer --guidance needs
     seed: int = 0, # Of the choice of these
+    skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used
 ):
     "Writes a corpus again with the label of each sequence in front of it as a symbol, so that a model can be asked for it."
     from seqgpt.data import LABEL, label_symbols, read_lines, write_labelled
     from seqgpt.tokenizer import read_vocab
-    folder = write_labelled(out_dir, data_path, vocab_path, unlabelled_share, seed)
+    folder = write_labelled(out_dir, data_path, vocab_path, unlabelled_share, seed, skip_bad_lines)
     labels, told = label_symbols(read_vocab(folder/"vocab.json")), [json.loads(line)["tokens"][0].startswith(LABEL) for _, line in read_lines(folder/"sequences.jsonl")]
     print(f"Wrote {out_dir}: the vocabulary has grown by {len(labels)} symbols, {labels[0]} to {labels[-1]}. {sum(told):,} sequences have one in front, {len(told) - sum(told):,} have none (--unlabelled_share).")
 

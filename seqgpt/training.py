@@ -798,7 +798,7 @@ def load_data(
         fraction = 0 if config.validation_path else config.validation_fraction
         corpus, split = stream_corpus(config.data_path, tokenizer, config.max_length, config.long, config.skip_bad_lines, fraction, config.seed)
     else: corpus = read(config.data_path, [] if config.task == "classification" else None)
-    if not config.validation_path: return corpus, split if config.streaming else split_corpus(corpus.dataset, config.validation_fraction, config.seed, config.split)
+    if not config.validation_path: return corpus, split if config.streaming else split_corpus(corpus.dataset, config.validation_fraction, config.seed, config.split, config.task == "classification")
     other = read(config.validation_path, class_names(corpus.dataset.unique("label")) if config.task == "classification" else None)
     corpus.report["fingerprint"] += f", {other.report['fingerprint']}"
     if config.streaming: split.train.without = column(other.dataset, "digest")

@@ -123,14 +123,16 @@ LINES = {
     "a megabyte": (line(tokens=["C4" * 2**19]), "unknown token"), "token of 4,000 digits": (b'{"tokens": [' + b"9" * 4000 + b"]}", "unknown token"), "many unknown": (line(tokens=["H4"] * 100_000), "unknown token"),
     # ids
     "id -1": (b'{"input_ids": [-1]}', "id out of range"), "id 9": (b'{"input_ids": [4, 9]}', "id out of range"), "id 2**31": (b'{"input_ids": [2147483648]}', "id out of range"), "id 2**64": (b'{"input_ids": [18446744073709551616]}', "id out of range"), "id of 4,000 digits": (b'{"input_ids": [' + b"9" * 4000 + b"]}", "id out of range"),
-    "id 4.0": (b'{"input_ids": [4.0]}', "id out of range"), "id true": (b'{"input_ids": [true]}', "id out of range"), "id null": (b'{"input_ids": [null]}', "id out of range"), "id a string": (b'{"input_ids": ["4"]}', "id out of range"), "id NaN": (b'{"input_ids": [NaN]}', "id out of range"), "id infinite": (b'{"input_ids": [1e999]}', "id out of range"),
-    "id a list": (b'{"input_ids": [[4]]}', "id out of range"), "padding": (b'{"input_ids": [4, 0, 5]}', "padding inside"), "only padding": (b'{"tokens": ["<pad>"]}', "padding inside"),
-    # labels
-    "label a real": (b'{"tokens": ["C4"], "label": 1.0}', "label is not"), "label NaN": (b'{"tokens": ["C4"], "label": NaN}', "label is not"), "label true": (b'{"tokens": ["C4"], "label": true}', "label is not"), "label a list": (b'{"tokens": ["C4"], "label": ["up"]}', "label is not"),
+    "id 4.5": (b'{"input_ids": [4.5]}', "id is not a whole number"), "id 9.0": (b'{"input_ids": [9.0]}', "id out of range"), "id true": (b'{"input_ids": [true]}', "id is not a whole number"), "id null": (b'{"input_ids": [null]}', "id is not a whole number"), "id a string": (b'{"input_ids": ["4"]}', "id is not a whole number"),
+    "id NaN": (b'{"input_ids": [NaN]}', "id is not a whole number"), "id infinite": (b'{"input_ids": [1e999]}', "id is not a whole number"),
+    "id a list": (b'{"input_ids": [[4]]}', "id is not a whole number"), "padding": (b'{"input_ids": [4, 0, 5]}', "padding inside"), "only padding": (b'{"tokens": ["<pad>"]}', "padding inside"),
+}
+LABELS = { # where there must be one
+    "missing": (b'{"tokens": ["C4"]}', "label missing"), "null": (b'{"tokens": ["C4"], "label": null}', "label missing"), "empty": (b'{"tokens": ["C4"], "label": ""}', "label missing"), "white": (b'{"tokens": ["C4"], "label": " \\t"}', "label missing"), "label NaN": (b'{"tokens": ["C4"], "label": NaN}', "label missing"),
+    "another name": (b'{"tokens": ["C4"], "labels": 1}', "label missing: 1, at line 4 (no \"label\", but 'labels')"), "label a real": (b'{"tokens": ["C4"], "label": 1.5}', "label is not"), "label infinite": (b'{"tokens": ["C4"], "label": 1e999}', "label is not"), "label a list": (b'{"tokens": ["C4"], "label": ["up"]}', "label is not"),
     "label an object": (b'{"tokens": ["C4"], "label": {"up": 1}}', "label is not"), "label with NUL": (b'{"tokens": ["C4"], "label": "a\\u0000"}', "label is not"), "label with an escape": (b'{"tokens": ["C4"], "label": "\\u001b[31mred"}', "label is not"), "label half a character": (b'{"tokens": ["C4"], "label": "\\udfff"}', "label is not"),
     "label of two lines": (b'{"tokens": ["C4"], "label": "a\\nb"}', "label is not"), "a long label": (line(tokens=["C4"], label="x" * 2000), "label longer"), "label of 4,000 digits": (b'{"tokens": ["C4"], "label": ' + b"7" * 4000 + b"}", "label longer"), "label, 5,000 digits as text": (line(tokens=["C4"], label=DIGITS), "label longer"),
 }
-LABELS = {"missing": b'{"tokens": ["C4"]}', "null": b'{"tokens": ["C4"], "label": null}', "empty": b'{"tokens": ["C4"], "label": ""}', "white": b'{"tokens": ["C4"], "label": " \\t"}'}
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -142,8 +144,9 @@ def test_bad_lines(name, corpus):
 
 @pytest.mark.parametrize("name", LABELS)
 def test_lines_without_a_label_cannot_be_classified(name, corpus):
-    write_lines(corpus, [*GOOD[:3], LABELS[name], *GOOD[3:]])
-    refuses(train, corpus, ["1 of 41 lines", "label missing: 1, at line 4"], task="classification")
+    content, kind = LABELS[name]
+    write_lines(corpus, [*GOOD[:3], content, *GOOD[3:]])
+    refuses(train, corpus, ["1 of 41 lines", kind, "at line 4", "--skip_bad_lines"], task="classification")
 
 
 # --- files of lines
@@ -164,10 +167,10 @@ def table(records, **types):
 tabled = table(GOOD)
 DATA = { # what lies at data.jsonl: bytes, or a function that makes something else
     "empty": (b"", ["no sequences in it"]), "a newline": (b"\n", ["no sequences"]), "only white": (b" \n\t\n\r\n" * 100, ["no sequences"]), "only a mark": (b"\xef\xbb\xbf", ["no sequences"]), "one line": (text(GOOD[:1]), ["1 sequences cannot be split"]), "one line, no newline": (text(GOOD[:1])[:-1], ["1 sequences cannot be split"]),
-    "all bad": (b"x\n" * 1000, ["1,000 of 1,000 lines", "Is it JSON Lines in UTF-8?", "at line 1 ("]), "UTF-16": (text(GOOD).decode().encode("utf-16"), ["not UTF-8", "at line 1 ("]), "pretty JSON": (json.dumps(GOOD, indent=1).encode(), ["malformed JSON", "at line 1 ("]), "one JSON list": (json.dumps(GOOD).encode(), ["not an object", "line 1"]),
+    "all bad": (b"{\"x\n" * 1000, ["1,000 of 1,000 lines", "Is it JSON Lines in UTF-8?", "at line 1 ("]), "UTF-16": (text(GOOD).decode().encode("utf-16"), ["data.jsonl: is text in UTF-16"]), "pretty JSON": (json.dumps(GOOD, indent=1).encode(), ["data.jsonl: is a JSON list", "line of its own"]), "one JSON list": (json.dumps(GOOD).encode(), ["data.jsonl: is a JSON list"]),
     "empty gzip": (gzip.compress(b""), ["no sequences"]), "gzip head": (zipped[:5], ["data.jsonl, after line 0: the file cannot be read on", "Is it complete?"]), "half a gzip": (zipped[:len(zipped)//2], ["after line", "Is it complete?"]), "gzip without its end": (zipped[:-4], ["after line", "Is it complete?"]), "damaged gzip": (zipped[:60] + bytes(40) + zipped[100:], ["after line", "Is it complete?"]),
-    "gzip, wrong sum": (zipped[:-8] + bytes(8), ["after line"]), "gzip, wrong method": (zipped[:2] + b"\x07" + zipped[3:], ["after line 0"]), "gzip and rubbish": (zipped + b"rubbish", ["after line 40"]), "gzip in gzip": (gzip.compress(zipped), ["malformed JSON" if zipped.isascii() else "not UTF-8"]), "only two bytes": (b"\x1f\x8b", ["after line 0"]),
-    "bzip2": (b"BZh91AY&SY", ["line 1"]), "zip": (b"PK\x03\x04" + bytes(100), ["line 1"]), "Parquet": (b"PAR1" + bytes(range(256)), ["data.jsonl: cannot be read as Parquet", "Is it complete?"]), "Parquet head": (b"PAR1", ["data.jsonl: cannot be read as Parquet"]), "half a Parquet": (tabled[:len(tabled)//2], ["cannot be read as Parquet"]), "Parquet without its end": (tabled[:-1], ["cannot be read as Parquet"]),
+    "gzip, wrong sum": (zipped[:-8] + bytes(8), ["after line"]), "gzip, wrong method": (zipped[:2] + b"\x07" + zipped[3:], ["after line 0"]), "gzip and rubbish": (zipped + b"rubbish", ["after line 40"]), "gzip in gzip": (gzip.compress(zipped), ["data.jsonl: is a gzip file, compressed with gzip"]), "only two bytes": (b"\x1f\x8b", ["after line 0"]),
+    "bzip2": (b"BZh91AY&SY", ["compressed, but not with gzip"]), "zip": (b"PK\x03\x04" + bytes(100), ["data.jsonl: is a zip archive"]), "Parquet": (b"PAR1" + bytes(range(256)), ["data.jsonl: cannot be read as Parquet", "Is it complete?"]), "Parquet head": (b"PAR1", ["data.jsonl: cannot be read as Parquet"]), "half a Parquet": (tabled[:len(tabled)//2], ["cannot be read as Parquet"]), "Parquet without its end": (tabled[:-1], ["cannot be read as Parquet"]),
     "damaged Parquet": (tabled[:4] + bytes(200) + tabled[204:], ["data.jsonl: cannot be read as Parquet"]), "Parquet, endless footer": (tabled[:-8] + b"\xff\xff\xff\x7fPAR1", ["cannot be read as Parquet"]), "Parquet of no rows": (table([]), ["no sequences"]), "Parquet without columns": (table([{"note": 1}] * 9), ["9 of 9 lines", "no tokens"]),
     "Parquet with a bad row": (table(GOOD[:3] + [{"tokens": ["H4"]}] + GOOD), ["1 of 44 lines", "unknown token: 1, at line 4 ('H4')"]), "Parquet, not UTF-8": (table([{"text": b"C4 \xff"}] * 2, text=pa.string()), ["cannot be read as Parquet"]), "all one class": (text([{**r, "label": 1} for r in GOOD]), ["all labels are '1'"]), "a huge line": (b'{"tokens": ["' + b"C" * (2**26 + 9) + b'"]}\n', ["data.jsonl, line 1: is longer than 64 MiB"]),
     "a huge line behind others": (text(GOOD) + b"[" * (2**26 + 9), ["data.jsonl, line 41: is longer than 64 MiB"]), "gzip bomb": (gzip.compress(b" " * 2**28, 6), ["data.jsonl, line 1: is longer than 64 MiB"]),
@@ -206,8 +209,9 @@ def test_every_sequence_too_long(corpus):
 
 def test_names_of_files_are_shown_escaped(tmp_path):
     write_lines(tmp_path/"c", GOOD)
-    (tmp_path/"c/\x1b[2J\n.jsonl").write_bytes(b"x\n")
-    refuses(train, tmp_path, ["\\x1b[2J"], data_path="c")
+    for content in (b"x\n", b'{"text": "x"}\n'):
+        (tmp_path/"c/\x1b[2J\n.jsonl").write_bytes(content)
+        refuses(train, tmp_path, ["\\x1b[2J"], data_path="c")
 
 
 @pytest.mark.parametrize("flag", ["--data_path", "--vocab_path", "--validation_path", "--init_from", "--output_dir", "--cache_dir", "--config"])

@@ -1,14 +1,26 @@
 "Every form of data, and every kind of bad line, all at once; one by one they are in test_bad_input.py."
+import bz2
 import gzip
+import io
 import json
+import lzma
+import pickle
+import re
+import tarfile
+import zipfile
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
-from conftest import TINY, VOCAB, refused, seqgpt, write_lines
+from conftest import NOTES, TINY, VOCAB, refused, seqgpt, write_lines
 from matplotlib.colors import to_hex
-from seqgpt.data import CELL_COLOURS, collate, plot_batch, read_corpus
-from seqgpt.tokenizer import make_tokenizer
+
+from seqgpt import data
+from seqgpt.data import CELL_COLOURS, collate, corpus_files, find_vocab, frame, given_split, plot_batch, read_corpus, split_corpus, stream_corpus, write_corpus
+from seqgpt.tokenizer import InputError, make_tokenizer
 
 FORMS = {
     "tokens": lambda t, l: {"tokens": t, "label": l},
@@ -54,12 +66,12 @@ BAD = {
     "malformed JSON": [b'{"tokens": ["C4"'],
     "no tokens": [b'{"note": ["C4"]}', b'{"tokens": 3}', b'{"tokens": null}', b'{"text": ["C4"], "sequence": {}}'],
     "unknown token": [b'{"tokens": ["H4"]}', b'{"tokens": [1, 2]}', b'{"tokens": [["C4"]]}', b'{"text": "C4 c4"}'],
-    "id out of range": [b'{"input_ids": [9]}', b'{"input_ids": [-1]}', b'{"input_ids": [4.0]}', b'{"input_ids": [true]}', b'{"input_ids": ["4"]}'],
+    "id out of range": [b'{"input_ids": [9]}', b'{"input_ids": [-1]}'],
+    "id is not a whole number": [b'{"input_ids": [4.5]}', b'{"input_ids": [true]}', b'{"input_ids": ["4"]}'],
     "empty sequence": [b'{"tokens": []}', b'{"text": "  "}'],
     "not UTF-8": [b'{"text": "C4 \xff"}'],
     "not an object": [b'["C4"]', b'"C4"', b'null'],
     "padding inside a sequence": [b'{"tokens": ["C4", "<pad>", "D4"]}'],
-    "label is not a whole number or a name": [b'{"tokens": ["C4"], "label": [1]}', b'{"tokens": ["C4"], "label": 1.0}', b'{"tokens": ["C4"], "label": true}', b'{"tokens": ["C4"], "label": "a\\u0000b"}'],
 }
 
 
@@ -79,8 +91,57 @@ def test_required_labels(melodies, encode, tmp_path):
     with pytest.raises(ValueError, match=r"label missing: 2, at line 2, line 5; unknown label: 2, at line 3 \('two'\), line 4 \(-1\)"): encode(path, classes=["0", "1"])
     with pytest.raises(ValueError, match=r"label missing: 2, at line 2, line 5"): encode(path, classes=[])
     assert encode(path).dataset["label"][:] == ["0", None, "two", "-1", None]
-    padded = write_lines(tmp_path/"padded", [{"tokens": ["C4"], "label": " two "}, {"tokens": ["C4"], "label": "  "}, {"tokens": ["C4"], "label": "t\nwo"}])
-    assert encode(padded, skip_bad_lines=True).dataset["label"][:] == ["two", None]
+    padded = write_lines(tmp_path/"padded", [{"tokens": ["C4"], "label": label} for label in (" two ", "  ", "t\nwo")])
+    assert encode(padded, classes=[], skip_bad_lines=True).dataset["label"][:] == ["two"]
+
+
+def test_a_label_is_a_name_however_it_is_written(encode, tmp_path):
+    same = {"1": [1, 1.0, "1", " 1"], "true": [True, "true"], "-3": [-3, -3.0], "0.5": ["0.5"]}
+    path = write_lines(tmp_path, [{"tokens": ["C4"], "label": label} for labels in same.values() for label in labels])
+    assert encode(path, classes=[]).dataset["label"][:] == [name for name, labels in same.items() for _ in labels]
+    frame = pd.DataFrame({"tokens": [["C4"], ["D4"], ["E4"]], "label": [1, None, 2]}) # pandas makes floats of it
+    frame.to_parquet(tmp_path/"a.parquet")
+    assert encode(tmp_path/"a.parquet").dataset["label"][:] == ["1", None, "2"]
+
+
+def test_a_language_model_needs_no_labels_and_says_which_it_ignores(encode, tmp_path):
+    labels = [0.5, [1], {"up": 1}, "a\0b", "x"*2000, float("inf"), "up", None, float("nan")]
+    path = write_lines(tmp_path, [{"tokens": ["C4"], "label": label} for label in labels])
+    corpus = encode(path)
+    assert corpus.dataset["label"][:] == [None]*6 + ["up", None, None] and corpus.report["labels_ignored"] == 6
+    assert "Labels that are ignored, as neither whole numbers nor names: 6" in str(corpus)
+    with pytest.raises(InputError, match="label is not a whole number or a name: 5, .*label missing: 2, .*label longer"): encode(path, classes=[])
+
+
+def test_whole_floats_are_ids(encode, tmp_path):
+    assert encode(write_lines(tmp_path, [{"input_ids": [4.0, 5, 8.0]}])).dataset["input_ids"][:] == [[1, 4, 5, 8, 2]]
+
+
+def test_words_of_letters_that_are_symbols(tmp_path):
+    "To leave such lines out would keep the sequences of one letter."
+    write_corpus(tmp_path/"dna", ["GATTACA", "ACGT"])
+    read = lambda *rows: read_corpus(write_lines(tmp_path/"c", rows), make_tokenizer(tmp_path/"dna/vocab.json"), cache_dir=tmp_path)
+    with pytest.raises(InputError, match=r"no spaces between symbols: 2, at line 1 \('GATTACA'\), line 2 \('TA'\)\.\nPut spaces between") as e:
+        read({"text": "GATTACA"}, {"tokens": ["TA"]}, {"text": "A"})
+    assert "--skip_bad_lines" not in str(e.value)
+    with pytest.raises(InputError, match="unknown token: 1, at line 1 \\('GATX'\\)"): read({"text": "GATX"}, {"text": "A"}, {"text": "A C"})
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([{"token": ["C4"]}]*9, ["but 'token')", 'Each line is an object such as {"tokens": ["a", "b"], "label": "name"}.']), ([{"tokens": ["H4"]}]*9, ["unknown token", "Mend them."]),
+    ([{"tokens": ["C4"], "labels": 1}]*9, ["label missing", "'labels'", '"label": "name"}.']), ([{"tokens": "C4"}]*9, ['"tokens" is str, not a list']),
+])
+def test_where_most_lines_are_bad_they_are_not_to_be_skipped(rows, words, encode, tmp_path):
+    with pytest.raises(InputError) as e: encode(write_lines(tmp_path, [*rows, *[{"tokens": ["C4"], "label": 0}]*5]), classes=[])
+    for word in words: assert word in str(e.value)
+    assert "--skip_bad_lines" not in str(e.value)
+
+
+def test_names_that_begin_with_a_dot_are_not_data(melodies, encode, tmp_path):
+    for name in ("a.jsonl", "._a.jsonl", ".copy.jsonl"): write_lines(tmp_path/"c", [{"tokens": t} for t, _ in melodies]).rename(tmp_path/"c"/name)
+    assert len(encode(tmp_path/"c").dataset) == len(melodies) == len(encode(tmp_path/"c/.copy.jsonl").dataset) # unless one is named
+    (tmp_path/"c/a.jsonl").unlink()
+    with pytest.raises(InputError, match="no file in this folder is called"): corpus_files(tmp_path/"c")
 
 
 @pytest.mark.parametrize("long, said", [("truncate", "tokens cut off"), ("split", "split into"), ("error", "longer than max_length")])
@@ -91,11 +152,176 @@ def test_long_sequences_are_always_said(long, said, melodies, tmp_path):
     else: assert result.returncode == 0 and said in result.stdout, result.stderr
 
 
+def test_without_a_length_nothing_is_cut(encode, tmp_path):
+    "However long the data is; only a model has a length, and `read_corpus` is told it."
+    path = write_lines(tmp_path, [{"tokens": ["C4"]*n} for n in (3, 1100, 70_000)])
+    corpus, (stream, _) = encode(path), stream_corpus(path, make_tokenizer(VOCAB), fraction=0)
+    assert [n - 2 for n in corpus.dataset["length"]] == [3, 1100, 70_000] == [n - 2 for n in stream.dataset.first(3)["length"]]
+    assert corpus.report["tokens_lost"] == corpus.report["long_sequences"] == 0 and "cut off" not in str(corpus)
+
+
 def test_split_keeps_every_token(melodies, encode, tmp_path):
     path = write_lines(tmp_path, [{"tokens": t} for t, _ in melodies])
     whole, pieces = encode(path).dataset, encode(path, max_length=5, long="split").dataset
     assert sum(len(i) - 1 for i in pieces["input_ids"]) == sum(len(i) - 1 for i in whole["input_ids"])
     assert max(map(len, pieces["input_ids"])) == 5
+
+
+# --- files in another form
+
+def of_numpy(save, *arrays):
+    out = io.BytesIO()
+    save(out, *arrays)
+    return out.getvalue()
+
+
+def archive(kind):
+    out = io.BytesIO()
+    if kind == "tar":
+        with tarfile.open(fileobj=out, mode="w") as f: f.addfile(tarfile.TarInfo("a"))
+    else:
+        with zipfile.ZipFile(out, "w") as f: f.writestr("[Content_Types].xml" if kind == "xlsx" else "a.txt", "x")
+    return out.getvalue()
+
+
+def of_arrow(make):
+    out = io.BytesIO()
+    make(out, pa.schema({"tokens": pa.string()})).close()
+    return out.getvalue()
+
+
+OTHER = { # what is not read, how it is called, and what is advised
+    "a.csv": (b'user,event\n1,"in, out"\n2,out\n', "a table (CSV)", "write_corpus"), "semicolons.csv": (b"user;event\n1;in\n", "a table (CSV)", "write_corpus"), "a.tsv": (b"user\tevent\n1\tin\n", "a table (TSV)", "write_corpus"), "wide.csv": (b"1,"*9999 + b"1", "a table (CSV)", ""),
+    "a.csv.gz": (gzip.compress(b"user,event\n1,in\n"), "a table (CSV), compressed with gzip", "write_corpus"), "a.fasta": (b">gene 1\nGATTACA\n", "a FASTA file", "write_corpus"), "a.fastq": (b"@read\nGATT\n+\nIIII\n", "a FASTQ file", ""), "a.txt": (b"the quick, brown\nfox\n", "a text", "line of its own"),
+    "list.json": (json.dumps([{"tokens": ["C4"]}]*9).encode(), "a JSON list", "line of its own"), "pretty.json": (json.dumps([{"tokens": ["C4"]}]*9, indent=2).encode(), "a JSON list", "line of its own"), "lines.json": (b'[\n{"tokens": ["C4"]},\n{"tokens": ["C4"]}\n]', "a JSON list", ""), "lists.json": (b'[["C4"], ["D4"]]', "a JSON list", ""),
+    "object.json": (json.dumps(VOCAB, indent=0).encode(), "one JSON object over many lines", "line of its own"), "a.py": (b"{'tokens': ['C4']}\n", "a text", ""), "a.xml": (b'<?xml version="1.0"?><a/>', "XML or HTML", ""), "utf16": ('{"tokens": []}'.encode("utf-16"), "text in UTF-16", "UTF-8"), "latin": ("f\xfcr".encode("latin-1"), "not in UTF-8", "save it in UTF-8"),
+    "a.npy": (of_numpy(np.save, np.eye(3)), "a NumPy array", "write_corpus"), "a.npz": (of_numpy(np.savez, np.eye(3)), "NumPy arrays", "write_corpus"), "a.zip": (archive("zip"), "a zip archive", "Unpack"), "a.xlsx": (archive("xlsx"), "an Excel file", "write_corpus"), "a.tar": (archive("tar"), "a tar archive", "Unpack"), "a.tgz": (gzip.compress(archive("tar")), "a tar archive, compressed with gzip", "Unpack"),
+    "a.xz": (lzma.compress(b"{}"), "compressed, but not with gzip", "Unpack"), "a.bz2": (bz2.compress(b"{}"), "compressed, but not with gzip", "Unpack"), "a.feather": (of_arrow(pa.ipc.new_file), "an Arrow or Feather file", "Parquet"), "a.arrow": (of_arrow(pa.ipc.new_stream), "an Arrow or Feather file", "Parquet"),
+    "a.mid": (b"MThd\0\0\0\6", "a MIDI file", "MidiTok"), "a.pkl": (pickle.dumps([NOTES]), "a pickle", "write_corpus"), "twice": (gzip.compress(gzip.compress(b"{}")), "a gzip file, compressed with gzip", "Unpack"),
+}
+READ = {"one line": b'{"tokens": ["C4"]}', "a bad line first": b'oops, no\n{"tokens": ["C4"]}', "a bad list first": b'["C4", "D4"]\n{"tokens": ["C4"]}', "a header first": b'# mine\n\n {"text": "C4"}', "long": b'{"tokens": ["C4"' + b', "C4"'*9999 + b"]}", "a mark": b'\xef\xbb\xbf{"text": "C4"}', "half": b'{"tokens": ["C4"'}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_file_in_another_form_is_named_as_what_it_is(name, tmp_path, monkeypatch):
+    "Before the vocabulary is missed, and by its first bytes alone; also the largest in a folder without data."
+    content, what, remedy = OTHER[name]
+    (tmp_path/name).write_bytes(content)
+    monkeypatch.setattr(data, "read_span", None)
+    for path in (tmp_path/name, tmp_path):
+        with pytest.raises(InputError, match=re.escape(f"{name}{':' if path != tmp_path else ''} is ") + ".*" + re.escape(what) + ".*" + remedy): find_vocab(path)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_file_with_an_object_on_some_line_is_read(name, tmp_path):
+    for file, content in {"a": READ[name], "b": gzip.compress(READ[name])}.items():
+        (tmp_path/file).write_bytes(content)
+        assert corpus_files(tmp_path/file) == [tmp_path/file]
+
+
+# --- what users of Python have
+
+V = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *"012"])}
+ROWS = [[0, 1, 2], [2, 2, 1]]
+SEQUENCES = { # the same
+    "lists": ROWS, "tuples": tuple(map(tuple, ROWS)), "text": ["012", "221"], "arrays": np.array(ROWS), "small numbers": [np.array(q, np.uint8) for q in ROWS], "numbers": [[np.int64(k) for k in q] for q in ROWS], "array of objects": np.array([*map(str, range(3)), *"221"], object).reshape(2, 3),
+    "tensor": torch.tensor(ROWS), "tensors": [torch.tensor(q, dtype=torch.int16) for q in ROWS], "single tensors": [[torch.tensor(k) for k in q] for q in ROWS], "column": pd.Series(ROWS, index=[7, 3]), "columns": [pd.Series(q, index=[9, 8, 7]) for q in ROWS], "column of text": pd.Series(["012", "221"], dtype="string"),
+    "categories": [pd.Categorical(q) for q in ROWS], "whole numbers of pandas": [pd.Series(q, dtype="Int64") for q in ROWS], "Arrow": pa.array(ROWS), "generator": (iter(q) for q in ROWS),
+}
+NAMED = { # labels, and what is written
+    "numbers": (np.array([3, 0]), [3, 0]), "whole floats": (np.array([3.0, 0.0]), [3, 0]), "names": (np.array(["up", "down"]), ["up", "down"]), "truths": (np.array([True, False]), ["true", "false"]), "tensor": (torch.tensor([3, -1]), [3, -1]), "a list": (["3", 4], ["3", 4]),
+    "a column with a gap": (pd.Series([3, None], index=[5, 4]), [3, None]), "of pandas": (pd.Series([3, None], dtype="Int64"), [3, None]), "categories": (pd.Series(["up", None], dtype="category"), ["up", None]), "Arrow": (pa.array([3, None]), [3, None]), "generator": (iter("ab"), ["a", "b"]),
+}
+
+
+def written(folder): return [json.loads(line) for line in open(folder/"sequences.jsonl")]
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_sequences_of_every_library_are_the_same_corpus(name, tmp_path):
+    folder = write_corpus(tmp_path/"c", SEQUENCES[name])
+    assert written(folder) == [{"tokens": [*map(str, q)]} for q in ROWS] and json.loads((folder/"vocab.json").read_text()) == V
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_labels_of_every_library(name, tmp_path):
+    labels, want = NAMED[name]
+    assert [(type(found := row.get("label")), found) for row in written(write_corpus(tmp_path/"c", ROWS, labels))] == [(type(label), label) for label in want]
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), np.datetime64("NaT"), pd.NaT, pd.NA, np.ma.masked], ids=repr)
+def test_what_is_missing_is_no_symbol(missing, tmp_path):
+    with pytest.raises(InputError, match=r"^Sequence 2, symbol 3 is missing \("): write_corpus(tmp_path/"c", [["a", "b"], ["a", "b", missing]])
+    with pytest.raises(InputError, match=r"^Sequence 2 is missing \("): write_corpus(tmp_path/"c", [["a"], missing])
+    assert not (tmp_path/"c").exists()
+    assert written(write_corpus(tmp_path/"c", ["a", "b"], [missing, 1])) == [{"tokens": ["a"]}, {"tokens": ["b"], "label": 1}] # but it may be no label
+
+
+@pytest.mark.parametrize("rows, words", [
+    (pd.DataFrame({"tokens": ROWS}), "given as a table"), ({"tokens": ROWS}, "given as dict"), ("dna.fasta", "given as one text"), (7, "given as int"), (np.arange(3), "Sequence 1 is of the type int64"), (torch.arange(3), "Sequence 1 is of the type int"), (["A C"], "Sequence 1 is a text with white space"),
+    ([{"a", "b"}], "Sequence 1 is of the type set"), ([{"tokens": ROWS}], "Sequence 1 is of the type dict"), ([b"ACGT"], "Sequence 1 is of the type bytes"), ([["a"], [["a"]]], "Sequence 2, symbol 1 is of the type list"), ([[torch.tensor([1])]], "symbol 1 is of the type list"), (pd.Series(ROWS).groupby([0, 1]), "symbol 2 is of the type Series"),
+])
+def test_what_is_no_sequence(rows, words, tmp_path):
+    with pytest.raises(InputError, match=words): write_corpus(tmp_path/"c", rows)
+    assert not (tmp_path/"c").exists()
+
+
+@pytest.mark.parametrize("labels, words", [([1, 0.5], r"Label 2 cannot be used: .*\(0.5\)"), ([1, [2]], "Label 2 cannot"), (pd.DataFrame({"label": [1, 2]}), "given as a table"), (3, "given as int"), ({"a": 1}, "given as dict")])
+def test_what_is_no_label(labels, words, tmp_path):
+    with pytest.raises(InputError, match=words): write_corpus(tmp_path/"c", ROWS, labels)
+    assert not (tmp_path/"c/sequences.jsonl").exists()
+
+
+def test_floats_as_symbols_get_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match=r"^4 of 6 symbols are floats, such as 0\.5: 3 different ones"): write_corpus(tmp_path/"c", [[0.5, 1, 2.5], np.array([0.5, 1.5]), "a"])
+
+
+def test_a_vocabulary_may_be_a_file_and_must_hold_all_symbols(tmp_path):
+    (tmp_path/"vocab.json").write_text(json.dumps(V))
+    assert json.loads((write_corpus(tmp_path/"c", ROWS, vocab=tmp_path/"vocab.json")/"vocab.json").read_text()) == V
+    with pytest.raises(InputError, match="^Sequence 2: '7' is not in the vocabulary"): write_corpus(tmp_path/"d", [[0], [7]], vocab=V)
+    with pytest.raises(InputError, match="given as list"): write_corpus(tmp_path/"d", ROWS, vocab=[*V])
+
+
+def test_paths_begin_at_home_and_settings_may_be_of_numpy(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_corpus("~/c", ROWS, [0, 1])
+    assert {p.name for p in (tmp_path/"c").iterdir()} == {"sequences.jsonl", "vocab.json"} and find_vocab("~/c") == tmp_path/"c/vocab.json"
+    corpus = read_corpus("~/c", make_tokenizer(V), np.int64(4), classes=np.array([0, 1]), cache_dir="~/cache")
+    assert (tmp_path/"cache").is_dir() and corpus.report["max_length"] == 4 and corpus.report["fingerprint"] == read_corpus(tmp_path/"c", make_tokenizer(V), 4, classes=["0", "1"], cache_dir="~/cache").report["fingerprint"]
+    with pytest.raises(InputError, match="max_length is 4.5. It must be a whole number"): read_corpus("~/c", make_tokenizer(V), 4.5)
+    with pytest.raises(InputError, match="given as list"): read_corpus(["~/c"], make_tokenizer(V))
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor], ids=lambda make: make.__name__)
+def test_arrays_are_framed_as_lists_are(make):
+    assert [frame(make(ids), 1, 2) for ids in ([4, 5], [1, 4], [4, 2], [1, 2])] == [[1, 4, 5, 2], [1, 4, 2], [1, 4, 2], [1, 2]]
+
+
+# --- the split of a classifier
+
+@pytest.mark.parametrize("by", ["sample", "content"])
+def test_each_class_has_a_sequence_to_train_on(by, encode, tmp_path):
+    rows = [{"tokens": NOTES[k % 5:] + NOTES[:k % 4], "label": "common"} for k in range(30)]
+    rows[4:7] = [{"tokens": [NOTES[k], NOTES[0]], "label": f"single {k}"} for k in range(3)]
+    rows[20:22] = [{"tokens": NOTES*3, "label": "the same twice"}]*2
+    dataset, given_back = encode(write_lines(tmp_path, rows), classes=[]).dataset, 0
+    for seed in range(12):
+        before, split = split_corpus(dataset, 0.3, seed, by), split_corpus(dataset, 0.3, seed, by, each_label=True)
+        assert set(split.train["label"]) == set(dataset["label"]) and sorted([*split.train_index, *split.validation_index]) == list(range(30))
+        moved = {*before.validation_index} - {*split.validation_index}
+        given_back += len(moved)
+        assert {*split.validation_index} <= {*before.validation_index} and moved.isdisjoint(before.train_index)
+        for k in moved: assert dataset[int(k)]["label"] not in before.train["label"]
+        if by == "content": assert split.shared == 0
+        assert split.shared == given_split(split.train, split.validation).shared
+    assert given_back > 5
+
+
+def test_classes_of_one_sequence_each_leave_none_to_validate_on(encode, tmp_path):
+    dataset = encode(write_lines(tmp_path, [{"tokens": [n], "label": n} for n in NOTES]), classes=[]).dataset
+    assert len(split_corpus(dataset).validation) == 1
+    with pytest.raises(InputError, match="5 sequences with 5 labels leave none to validate on"): split_corpus(dataset, each_label=True)
 
 
 @pytest.fixture
