@@ -44,6 +44,7 @@ from joblib import cpu_count
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from .config import existing_data, user_path
 from .tokenizer import InputError, make_tokenizer, read_json, symbol_problem, unique
 
 # %% ../nbs/01_data.ipynb #2fa60808
@@ -129,9 +130,8 @@ def corpus_files(
     data_path: str | Path, # A file in JSON Lines, plain or gzip, or in Parquet; or a folder of them
 ) -> list[Path]:
     "The files of a corpus at `data_path`, sorted; raises `InputError` where there are none."
-    path = Path(data_path)
+    path = existing_data(data_path)
     if os.path.isfile(path): return [path]
-    if not os.path.isdir(path): raise InputError(f"{path}: no such file or folder, seen from {Path.cwd()}. Check --data_path (or --prompt_file).")
     files = sorted(p for p in path.iterdir() if p.name.endswith(ENDINGS))
     for p in files:
         if not p.is_file(): raise InputError(f"{p}: is no regular file, but a folder, a pipe, a device or a broken link. Mend it, or move it away.")
@@ -230,10 +230,10 @@ def read_rows(span, progress, process, processes):
             progress(span.size * len(table) // max(1, rows))
 
 def read_lines(
-    path: Path, # A JSON Lines file, plain or gzip
+    path: str | Path, # A JSON Lines file, plain or gzip
 ):
     "Yields line number (from 1) and line, blank lines left out."
-    return ((number, line) for number, line in read_span(whole(path)) if line)
+    return ((number, line) for number, line in read_span(whole(user_path(path))) if line)
 
 # %% ../nbs/01_data.ipynb #42622451
 class Problems:
@@ -382,7 +382,7 @@ def written_whole(
     path: str | Path, # A file, or a folder
 ):
     "Yields a name beside `path` to write a file or a folder to; it takes the place of `path` when all of it is on the disk, and is deleted after an error."
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -588,7 +588,7 @@ def read_corpus(
 ) -> Corpus:
     "The checked and encoded sequences at `data_path`; raises `InputError` with an account of all bad lines."
     files, coding, settings = corpus_files(data_path), *make_coding(tokenizer, max_length, long, classes)
-    cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE)/"seqgpt")
+    cache = user_path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE)/"seqgpt")
     now, looks = time.time_ns(), [(p.name, os.path.realpath(p), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in files for s in [p.stat()]]
     seen = fingerprint(settings, looks)
     def noted():
@@ -947,7 +947,7 @@ def write_corpus(
     vocab: dict[str, int] | None = None, # Symbol to id; default: the symbols that occur, sorted, behind the special tokens
 ) -> Path: # `folder`
     "Writes `vocab.json` and `sequences.jsonl`; raises `InputError` where a file is in the way or a symbol is impossible."
-    folder = Path(folder)
+    folder = user_path(folder)
     if vocab is None:
         sequences = [[str(s) for s in q] for q in sequences]
         vocab = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *sorted({s for q in sequences for s in q})])}
@@ -977,8 +977,8 @@ def find_vocab(
     vocab_path: str | Path | None = None, # Where it was named
 ) -> Path: # Which may not be there
     "Where the vocabulary of a corpus is: as named, or beside the data; raises `InputError` where there is no data, before the vocabulary is missed."
-    data, _ = Path(data_path), corpus_files(data_path)
-    return Path(vocab_path or (data if data.is_dir() else data.parent)/"vocab.json")
+    data, _ = user_path(data_path), corpus_files(data_path)
+    return user_path(vocab_path or (data if data.is_dir() else data.parent)/"vocab.json")
 
 def write_labelled(
     folder: str | Path, # Made if it is not there
