@@ -45,6 +45,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .cli import preset
+from .config import OutputPath, counted, user_path
 from .corpora import load_source, make_markov, write_digits, write_markov
 from .data import Corpus, read_corpus, written_whole
 from .evaluation import evaluate, source_scores
@@ -876,7 +877,7 @@ def machine() -> dict[str, str | int]:
             "system": platform.system(), "date": datetime.now().isoformat(" ", "minutes"), "python": platform.python_version(), **installed}
 
 def bench(
-    out_dir: str = "benchmark", # For benchmark.json and benchmark.png
+    out_dir: OutputPath = "benchmark", # For benchmark.json and benchmark.png
     parts: str = ",".join(PARTS[:-1]), # Which of them to measure, with commas between; there is also quality, which takes half an hour
     rounds: int = 5, # How often each contender has its turn
     steps: int = 5, # Training steps in a turn
@@ -895,7 +896,7 @@ def bench(
         if locals()[name] < value: raise InputError(f"{name} is {locals()[name]}. It must be at least {value}.")
     chosen = [p.strip() for p in parts.split(",")]
     if wrong := [p for p in chosen if p not in PARTS]: raise InputError(f"parts: there is no {wrong[0]!r}. Choose from {','.join(PARTS)}.")
-    out = Path(out_dir)
+    out = user_path(out_dir)
     if any((out/name).exists() for name in ("benchmark.json", "benchmark.png")): raise InputError(f"{out}: holds an earlier benchmark. Choose another --out_dir, or move it away.")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         setup = Setup(folder, batch_size, length, n_layer, n_head, n_embd).write()
@@ -904,7 +905,7 @@ def bench(
         measure = {"training": lambda: bench_training(setup, rounds, steps), "tricks": lambda: bench_tricks(setup, rounds, steps), "quality": lambda: bench_quality(f"{folder}/race"), "evaluation": lambda: bench_evaluation(setup, rounds), "generation": lambda: bench_generation(setup, rounds),
                    "lengths": lambda: bench_lengths(setup, rounds, steps, longest), "data": lambda: bench_data(f"{folder}/grow", most_sequences), "startup": lambda: bench_startup(setup, rounds), "serving": lambda: bench_serving(setup, rounds, seconds)}
         out.mkdir(parents=True, exist_ok=True)
-        tqdm.write(f"{result['machine']['processor']}, {result['machine']['threads']} of {result['machine']['cores']} cores; {n_layer} layers, {n_head} heads, {n_embd} dimensions; batches of {batch_size} × {length} tokens")
+        tqdm.write(f"{result['machine']['processor']}, {result['machine']['threads']} of {result['machine']['cores']} cores; {counted(n_layer, 'layer')}, {counted(n_head, 'head')}, {counted(n_embd, 'dimension')}; batches of {batch_size} × {length} tokens")
         for part in [p for p in PARTS if p in chosen]:
             result[part] = measure[part]()
             tqdm.write("")

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from scipy import sparse
 from tqdm.auto import tqdm
 
+from .config import user_path
 from .data import corpus_files, label_symbols, read_lines, write_corpus, written_whole
 from .tokenizer import InputError, read_json, read_vocab
 
@@ -120,7 +121,7 @@ def load_images(
 ) -> np.ndarray: # (sequences, n, n), 0 (paper) to 1 (ink)
     "All the pictures in a folder of digit sequences."
     lines = (line for path in corpus_files(folder) for _, line in read_lines(path))
-    return to_images([json.loads(line)["tokens"] for line in lines], read_vocab(Path(folder)/"vocab.json"))
+    return to_images([json.loads(line)["tokens"] for line in lines], read_vocab(user_path(folder)/"vocab.json"))
 
 # %% ../nbs/02_corpora.ipynb #422249ff
 class DigitJudge:
@@ -334,12 +335,13 @@ def write_markov(
     "Writes a corpus drawn from `source`, and `source.json`; raises `InputError` where a corpus is in the way."
     if num_sequences < 1: raise InputError(f"num_sequences is {num_sequences}. It must be at least 1.")
     if num_sequences*source.max_length > 2**30: raise InputError(f"num_sequences ({num_sequences}) of up to max_length ({source.max_length}) tokens are more than 2**30 tokens, too many to draw at once. Lower one of them.")
+    folder = user_path(folder)
     for name in ("source.json", "sequences.jsonl", "vocab.json"):
-        if (Path(folder)/name).exists(): raise InputError(f"{folder}/{name}: is there already. Choose another folder, or move it away.")
+        if (folder/name).exists(): raise InputError(f"{folder}/{name}: is there already. Choose another folder, or move it away.")
     sequences, labels = source.draw(num_sequences, seed)
     tables = {"successors": source.successors.tolist(), "probabilities": source.probabilities.tolist()}
     about = {"kind": "markov", "rule": RULE, "order": source.order, "min_length": source.min_length, "max_length": source.max_length, "symbols": source.symbols}
-    with written_whole(Path(folder)/"source.json") as part: part.write_text(json.dumps(about | tables) + "\n", encoding="utf-8")
+    with written_whole(folder/"source.json") as part: part.write_text(json.dumps(about | tables) + "\n", encoding="utf-8")
     write_corpus(folder, sequences, labels, {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *source.symbols])})
     return sequences, labels
 
@@ -347,7 +349,7 @@ def load_source(
     data_path: str | Path, # A corpus: a file or a folder
 ) -> MarkovSource | None: # None where there is no `source.json` beside the data
     "The source that a corpus was drawn from; raises `InputError` where `source.json` is damaged."
-    path = Path(data_path)
+    path = user_path(data_path)
     path = (path if path.is_dir() else path.parent)/"source.json"
     if not path.exists(): return None
     d = read_json(path, "Mend it, or move it away.", most=2**33)

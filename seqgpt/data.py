@@ -52,6 +52,7 @@ from joblib import cpu_count
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from .config import existing_data, user_path
 from .tokenizer import InputError, make_tokenizer, read_json, read_vocab, symbol_problem, unique, unknown_symbol_hint
 
 # %% ../nbs/01_data.ipynb #2fa60808
@@ -235,10 +236,8 @@ def corpus_files(
     "The files of a corpus at `data_path`, sorted; raises `InputError` where there are none."
     if not isinstance(data_path, str | os.PathLike):
         raise InputError(f"The data is given as {type(data_path).__name__}. Give the path of a file or a folder.")
-    path = Path(os.path.expanduser(data_path))
-    if os.path.isfile(path): files = [path]
-    elif os.path.isdir(path): files = files_in(path)
-    else: raise InputError(f"{path}: no such file or folder, seen from {Path.cwd()}. Check the path.")
+    path = existing_data(data_path)
+    files = [path] if os.path.isfile(path) else files_in(path)
     for p in files:
         if problem := sniff(p): raise InputError(f"{p}: {problem}")
     return files
@@ -351,10 +350,10 @@ def read_rows(span, progress, process, processes):
             progress(span.size * len(table) // max(1, rows))
 
 def read_lines(
-    path: Path, # A JSON Lines file, plain or gzip
+    path: str | Path, # A JSON Lines file, plain or gzip
 ):
     "Yields line number (from 1) and line, blank lines left out."
-    return ((number, line) for number, line in read_span(whole(path)) if line)
+    return ((number, line) for number, line in read_span(whole(user_path(path))) if line)
 
 # %% ../nbs/01_data.ipynb #42622451
 class Problems:
@@ -504,7 +503,7 @@ def written_whole(
     path: str | Path, # A file, or a folder
 ):
     "Yields a name beside `path` to write a file or a folder to; it takes the place of `path` when all of it is on the disk, and is deleted after an error."
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -710,7 +709,7 @@ def read_corpus(
 ) -> Corpus:
     "The checked and encoded sequences at `data_path`; raises `InputError` with an account of all bad lines."
     files, coding, settings = corpus_files(data_path), *make_coding(tokenizer, max_length, long, classes)
-    cache = Path(os.path.expanduser(cache_dir or Path(datasets.config.HF_DATASETS_CACHE)/"seqgpt"))
+    cache = user_path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE)/"seqgpt")
     now, looks = time.time_ns(), [(p.name, os.path.realpath(p), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in files for s in [p.stat()]]
     seen = fingerprint(settings, looks)
     def noted():
@@ -1133,7 +1132,7 @@ def write_corpus(
     vocab: dict[str, int] | str | Path | None = None, # Symbol to id, or a `vocab.json`; default: the symbols that occur, sorted, after the special tokens
 ) -> Path: # `folder`
     "Writes `vocab.json` and `sequences.jsonl`; raises `InputError` where a file is in the way or a symbol is impossible."
-    folder, floats, total = Path(os.path.expanduser(folder)), Counter(), Counter()
+    folder, floats, total = user_path(folder), Counter(), Counter()
     if isinstance(sequences, str): raise InputError("The sequences are given as one text. Give a list of them.")
     sequences = (checked_symbols(q, f"Sequence {n:,}", floats) for n, q in enumerate(checked_list(sequences, "sequences"), 1))
     if vocab is None:
@@ -1187,8 +1186,8 @@ def find_vocab(
     vocab_path: str | Path | None = None, # Where it was named
 ) -> Path: # Which may not be there
     "Where the vocabulary of a corpus is: as named, or beside the data; raises `InputError` where there is no data, before the vocabulary is missed."
-    files, data = corpus_files(data_path), Path(os.path.expanduser(data_path))
-    return Path(os.path.expanduser(vocab_path)) if vocab_path else (data if data.is_dir() else files[0].parent)/"vocab.json"
+    data, files = user_path(data_path), corpus_files(data_path)
+    return user_path(vocab_path or (data if data.is_dir() else files[0].parent)/"vocab.json")
 
 def write_labelled(
     folder: str | Path, # Made if it is not there

@@ -25,6 +25,7 @@ from datasets import Dataset
 from scipy import sparse
 from tqdm.auto import tqdm
 
+from .config import user_path
 from .corpora import MarkovSource, load_source, possible_pairs
 from .data import Split, class_names, collate, given_split, read_corpus, unframed, written_whole
 from .inference import generate
@@ -496,9 +497,10 @@ def training_split(
     cache_dir: str | None = None, # As for `read_corpus`; the folder of a model does not say where to write
 ) -> Split:
     "The data that a model was trained and validated on; raises `InputError` where it is gone, or has changed."
-    written = Path(model_path).parent/"split.json"
+    model_path = user_path(model_path)
+    written = model_path.parent/"split.json"
     try:
-        config = replace(read_config(Path(model_path)/"config.yaml"), cache_dir=cache_dir)
+        config = replace(read_config(model_path/"config.yaml"), cache_dir=cache_dir)
         check_config(config)
         corpus, split = load_data(config, tokenizer)
     except InputError as e: raise InputError(f"{e}\nThat is what the model was trained on; name other sequences with --data_path (evaluate) or --prompt_file (infer).") from e
@@ -540,7 +542,7 @@ def evaluation_data(
         if data_path is None: raise
         split = None # without the training data there are no baselines
     if data_path is None:
-        config = read_config(Path(model_path)/"config.yaml")
+        config = read_config(user_path(model_path)/"config.yaml")
         dataset, path = split.validation, config.validation_path or config.data_path
     else:
         other = read_corpus(data_path, tokenizer, max_length, skip_bad_lines=skip_bad_lines, classes=classes, cache_dir=cache_dir)
@@ -568,7 +570,7 @@ def write_evaluation(
 ):
     "Writes `metrics.json` and `evaluation.png`."
     import matplotlib.pyplot as plt
-    out = Path(out_dir)
+    out = user_path(out_dir)
     with warnings.catch_warnings(), written_whole(out/"evaluation.png") as part:
         warnings.filterwarnings("ignore", "Glyph") # a label in letters that the font lacks
         figure = plot(evaluation)

@@ -32,6 +32,7 @@ from transformers import AttentionInterface
 
 import seqgpt
 from .classification import predict
+from .config import MODEL_REMEDY, counted, existing_model, user_path
 from .corpora import digits_shape
 from .data import written_whole
 from .evaluation import evaluate, evaluation_data, rates
@@ -209,11 +210,10 @@ def onnx_file(
     path: str | Path, # A file written by `export_folder`, or a folder where there is one, perhaps in `onnx`
 ) -> Path:
     "The file to open, of several the one with its cache in place; raises `InputError` where there is none."
-    path, remedy = Path(path), "Give the folder of a trained model, such as outputs/best_model."
+    path = existing_model(path)
     if path.suffix == ".onnx": return path
-    if not path.is_dir(): raise InputError(f"{path}: no such folder. {remedy}")
     found = [p for folder in (path, path/"onnx") for name in ("fast.onnx", "model.onnx") if (p := folder/name).is_file()]
-    if not found: raise InputError(f"{path}: no fast.onnx or model.onnx there. {f'Write them with: seqgpt export --model_path {path}' if (path/'model.safetensors').exists() else remedy}")
+    if not found: raise InputError(f"{path}: no fast.onnx or model.onnx there. {f'Write them with: seqgpt export --model_path {path}' if (path/'model.safetensors').exists() else MODEL_REMEDY}")
     return found[0]
 
 class OnnxModel:
@@ -288,7 +288,7 @@ def write_page(
     out: str | Path, # The page to write, `.html`
 ):
     "The model as one HTML file, which continues sequences in any browser; raises `InputError` where there is no model, or one too large."
-    file = Path(file)
+    file = user_path(file)
     if not file.is_file(): raise InputError(f"{file}: no such file. Write it with `seqgpt export`.")
     tokenizer, config, size = load_tokenizer(file.parent), read_json(file.parent/"config.json"), file.stat().st_size
     vocab, text = tokenizer.get_vocab(), lambda data: b64encode(data).decode()
@@ -378,6 +378,7 @@ def export_folder(
     cache_dir: str | None = None, # Where encoded data is kept
 ) -> Exported:
     "Writes a model as ONNX in all forms, each measured; raises `InputError` where there is no model or no such data, `RuntimeError` where ONNX Runtime gives other numbers than PyTorch."
+    model_path = user_path(model_path)
     task = task_of(model_path)
     model, tokenizer = load_model(model_path, task), load_tokenizer(model_path)
     number = model.config.label2id if task == "classification" else None
@@ -396,7 +397,7 @@ def export_folder(
         if task == "clm":
             shutil.copy(SHIPPED/"generate.py", part)
             if (part/"fast_int8.onnx").stat().st_size <= LARGEST_PAGE: write_page(part/"fast_int8.onnx", part/"page.html")
-        opened = {Path(model_path)/"model.safetensors": model} | {part/f"{n}.onnx": OnnxModel(part/f"{n}.onnx", task) for n in names}
+        opened = {model_path/"model.safetensors": model} | {part/f"{n}.onnx": OnnxModel(part/f"{n}.onnx", task) for n in names}
         rows = Exported({"file": p.name, "bytes": p.stat().st_size} for p in opened)
         for name, row, m in zip(names, rows[1:], [*opened.values()][1:]):
             row |= {"cache": m.cache, "difference": difference(model, m)}
@@ -424,7 +425,7 @@ def export_card(
 - `page.html`: the model in 8 bits as a page for a browser, which needs nothing else (not for very large models)."""
     else: what = f"""A sequence goes in as a whole, from {bos} to {eos}; shorter ones of a batch are filled up with {pad} and no other id. A row of `logits` holds the scores of the classes, whose names are in `config.json`.
 `seqgpt infer --mode classify --model_path FOLDER` asks the model. `model_fp16.onnx` stores its matrices in 16 bits, `model_int8.onnx` stores and multiplies them in 8."""
-    return f"""# {c.n_layer} layers, {c.n_head} heads, {c.n_embd} dimensions, as ONNX
+    return f"""# {counted(c.n_layer, 'layer')}, {counted(c.n_head, 'head')}, {counted(c.n_embd, 'dimension')}, as ONNX
 
 Opset {OPSET}. Inputs are whole numbers of 64 bits: `input_ids` (batch, new), the new tokens; `attention_mask` (batch, {"past + new" if clm else "new"}), 0 where there is padding, otherwise 1;
 `position_ids` (batch, new), counted from 0 at the first token that is not padding, below {c.n_positions}. The output is `logits` ({"batch, new, " + str(c.vocab_size) if clm else f"batch, {c.num_labels}"}). Symbols and their ids are in `vocab.json`.

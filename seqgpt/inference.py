@@ -25,6 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .config import plain
 from .corpora import digits_shape, plot_images, to_images
 from .tokenizer import InputError
 
@@ -184,6 +185,7 @@ def chooser(
     repetition_penalty: float = 1.0,
 ): # A function of ids, (sequences, tokens), of the logits behind them, (sequences, vocabulary), and, if each sequence has dice of its own, of a list of generators; it gives the next ids, (sequences,)
     "How next tokens are chosen: Transformers' ways, in its order."
+    temperature, top_k, top_p, repetition_penalty = plain([temperature, top_k, top_p, repetition_penalty])
     ways = [SuppressTokensLogitsProcessor([tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id])]
     if repetition_penalty != 1: ways.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
     if temperature not in (0, 1): ways.append(TemperatureLogitsWarper(float(temperature)))

@@ -26,6 +26,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
+from .config import MODEL_REMEDY, plain, user_path
 from .tokenizer import SPECIALS, InputError, load_tokenizer, read_json
 
 # %% ../nbs/03_model.ipynb #813314e3
@@ -75,6 +76,7 @@ def make_config(
     **fields, # Any other field that is `GPT2Config`'s own
 ) -> GPT2Config:
     "The configuration of a GPT-2 for a tokenizer; raises `InputError` for unknown fields and impossible values."
+    n_layer, n_head, n_embd, max_length, fields = map(plain, (n_layer, n_head, n_embd, max_length, fields))
     derived = dict(vocab_size=len(tokenizer), n_positions=max_length, bos_token_id=tokenizer.bos_token_id,
                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     if clash := {*derived, *label_fields([''])} & fields.keys(): raise InputError(f"{', '.join(sorted(clash))}: follows from the data and max_length, and cannot be set.")
@@ -181,7 +183,7 @@ def saved_config(
     weights: str = "model.safetensors", # Name of that file
 ) -> GPT2Config: # With GPT-2's own fields and the names of classes
     "The configuration of the model saved in `folder`; raises `InputError` where there is none."
-    folder, remedy = Path(folder), "Give the folder of a trained model, such as outputs/best_model."
+    folder, remedy = user_path(folder), MODEL_REMEDY
     found = read_json(folder/"config.json", remedy)
     if not (folder/weights).is_file(): raise InputError(f"{folder}: no {weights} there. {remedy}")
     if (kind := found.get("model_type")) != "gpt2": raise InputError(f"{folder}: holds a model of type {kind!r}. seqgpt opens its own, of type 'gpt2'.")
@@ -214,7 +216,7 @@ def load_model(
 ) -> GPT2LMHeadModel | GPT2ForSequenceClassification: # In evaluation mode, 32-bit weights
     "The model saved in `folder`; raises `InputError` where there is none that fits."
     check_task(folder, task)
-    config, file = saved_config(folder), Path(folder)/"model.safetensors"
+    config, file = saved_config(folder), user_path(folder)/"model.safetensors"
     try:
         with safe_open(file, "pt") as f: there = {name: (tuple(part.get_shape()), part.get_dtype()) for name in f.keys() for part in [f.get_slice(name)]}
     except Exception as e: raise InputError(f"{file}: cannot be opened ({type(e).__name__}: {e}). Is it complete? Take another copy.") from e

@@ -36,7 +36,7 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 from transformers import GPT2Config, TrainerCallback
 
-from .cli import literal
+from .config import literal, plain
 from .data import remove, sweep, write_lines, written_whole
 from .model import make_config
 from .tokenizer import InputError, html_table, read_json
@@ -53,6 +53,7 @@ def read_range(
     what, # A list of choices, or a text: 4..64 for whole numbers, 0.0..0.3 for others, 1e-4..1e-2 (from above 0) by orders of magnitude
 ) -> optuna.distributions.BaseDistribution:
     "The values that a setting may have; raises `InputError` where `what` does not say any."
+    what = plain(what)
     wrong = InputError(f"space.{name} is {what!r}. Write a list of choices, such as [2, 4, 6], or a range: 4..64 for whole numbers, 0.0..0.3 for others, 1e-4..1e-2 (from above 0) by orders of magnitude.")
     if not isinstance(what, str):
         choices = [literal(v) for v in what] if isinstance(what, list) else []

@@ -22,7 +22,7 @@ from conftest import NAMES, NOTES, TINY, VOCAB, redirect, refused, seqgpt, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from seqgpt import classification, cli, training # noqa: F401 so that memory is that of the input
+from seqgpt import classification, cli, config, training # noqa: F401 so that memory is that of the input
 from seqgpt.tokenizer import InputError
 
 GOOD = [{"tokens": NOTES[k % 5:] + NOTES[:k % 3], "label": NAMES[k % 2]} for k in range(40)]
@@ -280,7 +280,7 @@ shown = lambda content: content[:40].encode("unicode_escape").decode()
 @pytest.mark.parametrize("content", [*TYPES, *SETTINGS], ids=shown)
 def test_bad_settings(content, corpus):
     (corpus/"mine.yaml").write_text(content)
-    refuses(lambda: train(**training.read_settings(cli.settings_file("mine.yaml", "train"))), corpus, SETTINGS.get(content, [content.partition(":")[0]]))
+    refuses(lambda: train(**config.read_settings(cli.settings_file("mine.yaml", "train"))), corpus, SETTINGS.get(content, [content.partition(":")[0]]))
 
 
 @pytest.mark.parametrize("content", [*UNKNOWN, *TOLD], ids=shown)

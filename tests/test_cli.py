@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -17,6 +18,7 @@ from conftest import NOTES, ROOT, TINY, VOCAB, installed, refused, seqgpt, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer
 
 from seqgpt.corpora import write_digits
+from seqgpt.tokenizer import InputError
 
 RUN = ["train", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
 
@@ -224,7 +226,7 @@ def test_interactive_shows_what_the_model_says_whatever_was_typed_before(trained
     typed = ["E4 F4 G4", "H9", "C4", "/back", "/back", "G4 F4 E4", "/clear", "D4", "C4 <eos>", "F4", "/what", "G4"]
     shown = ["C4", "C4 E4 F4 G4", "C4 E4 F4 G4", "C4 E4 F4 G4 C4", "C4 E4 F4 G4", "C4 E4 F4", "C4 E4 F4 G4 F4 E4", "", "D4", "D4", "D4 F4", "D4 F4", "D4 F4 G4"]
     result = seqgpt("infer", "--model_path", "outputs/best_model", "--prompt", "C4", "--top", 9, cwd=trained, input="\n".join([*typed, "/quit", ""]))
-    found = re.findall(r"^\d+ symbols.*\n((?:.*%.*\n)+)", result.stdout, re.M)
+    found = re.findall(r"^\d+ symbols?.*\n((?:.*%.*\n)+)", result.stdout, re.M)
     assert result.returncode == 0 and len(found) == len(shown), result.stdout
     for bars, symbols in zip(found, shown): assert bars.strip() == text_bars(next_tokens(model, tokenizer, symbols, 9)).strip(), symbols
 
@@ -308,7 +310,7 @@ def test_yaml_and_flags(corpus):
 @pytest.mark.parametrize("args, words", [
     (["--learning_rat", "1"], ["'learning_rat'", "Did you mean --learning_rate"]), (["--batch_size", "many"], ["batch_size", "int"]),
     (["--precision", "int8"], ["auto, fp32, bf16, fp16"]), (["--num_epochs", "0"], ["num_epochs"]), (["--learning_rate", "nan"], ["learning_rate"]),
-    (["--learning_rate", "-1"], ["learning_rate"]), (["--n_head", "5"], ["not divisible"]), (["--model.resid_drop", "1"], ["Did you mean 'resid_pdrop'"]),
+    (["--learning_rate", "-1"], ["learning_rate"]), (["--learning_rate", "-1e-3"], ["learning_rate is -0.001"]), (["--weight_decay", "-.5"], ["weight_decay is -0.5"]), (["--n_head", "5"], ["not divisible"]), (["--model.resid_drop", "1"], ["Did you mean 'resid_pdrop'"]),
     (["--model.resid_pdrop", "high"], ["resid_pdrop"]), (["--long", "cut"], ["truncate, split or error"]), (["--max_length", "1"], ["max_length"]),
     (["--data_path", "none.jsonl"], ["none.jsonl", "--data_path"]), (["--vocab_path", "none.json"], ["none.json", "--vocab_path"]), (["--config", "none.yaml"], ["none.yaml"]),
     (["--validation_fraction", "1"], ["validation_fraction"]), (["--lr_scheduler_type", "cosin"], ["cosin"]), (["stray"], ["stray"]),
@@ -324,6 +326,175 @@ def test_mistakes_in_flags_are_refused_and_nothing_is_written(args, words, corpu
 def test_misspelt_key_in_a_file(corpus):
     (corpus/"mine.yaml").write_text("learning_rat: 1\n")
     refused(seqgpt("train", "--config", "mine.yaml", cwd=corpus), "'learning_rat'", "--learning_rate")
+
+
+USED_ELSEWHERE = {
+    "block_size": "--max_length", "lr": "--learning_rate", "epochs": "--num_epochs", "bf16": "--precision bf16", "fp16": "--precision fp16",
+    "dropout": "--model.resid_pdrop, --model.embd_pdrop and --model.attn_pdrop", "per_device_train_batch_size": "--batch_size",
+    "resume_from_checkpoint": "--resume", "max_iters": "--max_steps", "grad_clip": "--max_grad_norm", "d_model": "--n_embd",
+    "num_train_epochs": "--num_epochs", "warmup_ratio": "--warmup_steps", "accumulate_grad_batches": "--gradient_accumulation_steps"}
+
+
+@pytest.mark.parametrize("name, ours", USED_ELSEWHERE.items())
+def test_names_of_other_tools_get_a_hint(name, ours, corpus):
+    said = f"there is no setting '{name}'. Did you mean {ours}?"
+    refused(seqgpt("train", f"--{name}", 1, cwd=corpus), said)
+    (corpus/"mine.yaml").write_text(f"{name}: 1\n")
+    refused(seqgpt("train", "--config", "mine.yaml", cwd=corpus), said)
+
+
+def test_hints_name_settings_that_are_there(corpus):
+    from seqgpt.cli import USUAL, VERBS, nearest
+    flags = {}
+    for verb in VERBS:
+        help = seqgpt(*verb.split(), "--help", cwd=corpus).stdout
+        flags[verb] = [*dict.fromkeys(re.findall(r"^  --(\w+)", help, re.M))]
+    known = {name for names in flags.values() for name in names}
+    for ours, theirs in USUAL.items():
+        assert re.split("[ .]", ours)[0] in known, ours
+        for name in theirs.split(): assert any(nearest(name, [n for n in names if n != name]) for names in flags.values()), name
+    assert nearest("max_length", flags["infer"]) == "max_new_tokens" and nearest("out_dir", flags["train"]) == "output_dir"
+
+
+BOTH = {"train": ("n_embd", 32, 16), "search": ("trials", 3, 4), "infer": ("top", 3, 4), "evaluate": ("batch_size", 3, 4), "serve": ("port", 3, 4), "bench": ("rounds", 3, 4),
+        "export": ("data_path", "a", "b"), "corpus digits": ("image_size", 8, 9), "corpus markov": ("order", 1, 2), "corpus labelled": ("seed", 3, 4)}
+
+
+@pytest.mark.parametrize("verb, case", BOTH.items())
+def test_a_flag_wins_wherever_it_is(verb, case, tmp_path):
+    name, flag, in_file = case
+    (tmp_path/"mine.yaml").write_text(f"{name}: {in_file}\n")
+    for words in (f"--{name} {flag} --config mine.yaml", f"--config mine.yaml --{name} {flag}", f"--{name}={flag} --config=mine.yaml"):
+        result = seqgpt(*verb.split(), *words.split(), *["--model_path", "m"]*(verb in ("infer", "evaluate", "export")),
+                        *["--out_dir", "o"]*verb.startswith("corpus"), *["--data_path", "d"]*(verb == "corpus labelled"), "--print_config", cwd=tmp_path)
+        assert result.returncode == 0 and yaml.safe_load(result.stdout)[name] == flag, result.stdout + result.stderr
+
+
+def test_of_two_files_the_later_one_wins_and_fields_of_the_model_add_up(corpus, monkeypatch):
+    (corpus/"a.yaml").write_text("n_embd: 16\nn_head: 4\nmodel: {n_inner: 24, resid_pdrop: 1e-1}\n")
+    (corpus/"b.yaml").write_text("n_head: 2\nmodel: {layer_norm_epsilon: 1e-6, resid_pdrop: 2e-1}\n")
+    given = []
+    monkeypatch.setattr("seqgpt.cli.train_command", lambda config, named: given.append(config))
+    result = seqgpt("train", "--model.embd_pdrop", 0, "--n_layer", 1, "--config", "a.yaml", "--data_path", "data.jsonl", "--config=b.yaml", cwd=corpus)
+    assert result.returncode == 0, result.stderr
+    config, = given
+    assert (config.n_layer, config.n_embd, config.n_head) == (1, 16, 2)
+    assert config.model == {"n_inner": 24, "resid_pdrop": 0.2, "layer_norm_epsilon": 1e-6, "embd_pdrop": 0}
+
+
+def test_settings_from_numpy_pytorch_and_pathlib(tmp_path):
+    from seqgpt.config import Config, read_config
+    from seqgpt.training import write_config
+    odd = Config(data_path=tmp_path/"d", output_dir=tmp_path/"o", max_length=np.int64(16), n_layer=torch.tensor(1), resume=np.bool_(True), learning_rate=np.float32(0.25),
+                 weight_decay=np.float64(0.5), num_epochs=np.int32(2), precision=np.str_("fp32"), model={"n_inner": np.int64(24), "resid_pdrop": np.float32(0.5)})
+    own = Config(data_path=f"{tmp_path}/d", output_dir=f"{tmp_path}/o", max_length=16, n_layer=1, resume=True, learning_rate=0.25,
+                 weight_decay=0.5, num_epochs=2, precision="fp32", model={"n_inner": 24, "resid_pdrop": 0.5})
+    types = lambda config: {name: type(value) for name, value in [*vars(config).items(), *config.model.items()]}
+    assert odd == own and types(odd) == types(own)
+    write_config(odd, tmp_path/"odd.yaml")
+    assert yaml.safe_load((tmp_path/"odd.yaml").read_text())["model"] == own.model and read_config(tmp_path/"odd.yaml").n_layer == 1
+    for wrong in (dict(n_layer=np.float64(1.5)), dict(n_layer=np.bool_(True)), dict(resume=np.int64(1)), dict(n_layer=np.array([1, 2])), dict(task=tmp_path)):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} is"): Config(**wrong)
+
+
+# --- paths
+
+TYPED_WRONG = """train --data_path nowhere
+train --validation_path=nowhere --resume
+train --data_path vocab.json --vocab_path nowhere
+train --init_from nowhere
+train --config nowhere
+train --lr 1
+train --n_layer one
+search --data_path nowhere
+search --config=nowhere
+evaluate --model_path nowhere
+evaluate --model_path m --data_path nowhere
+evaluate --model m
+infer --model_path nowhere
+infer --model_path m --mode generate --prompt_file nowhere
+infer --mode sing
+export --model_path nowhere
+export --model_path m --data_path nowhere
+serve --model_path nowhere
+serve --classifier_path nowhere
+corpus labelled --out_dir o --data_path nowhere
+corpus digits --out_dir o --config nowhere
+corpus digits --image_siz 8
+corpus markov --out_dir o --config nowhere
+bench --config nowhere"""
+
+
+def test_mistyped_paths_and_flags_are_seen_before_pytorch_is_imported(tmp_path):
+    write_lines(tmp_path, [])
+    (tmp_path/"m").mkdir()
+    (tmp_path/"m/config.json").touch()
+    code = f"""import sys
+from seqgpt.cli import main
+for line in {TYPED_WRONG.splitlines()!r}:
+    code = main(line.split())
+    slow = {{"torch", "transformers", "datasets", "numpy"}} & sys.modules.keys()
+    if code != 2 or slow: sys.exit(f"{{line}}: {{code}}, {{slow}}")
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = result.stderr.splitlines()
+    assert len(said) == len(TYPED_WRONG.splitlines()) == sum("nowhere" in line or "Did you mean" in line or "expected" in line for line in said), result.stderr
+
+
+def test_a_path_means_one_place(melodies, tmp_path, monkeypatch):
+    "The home folder, whoever expands `~`: the shell, which leaves it in `--flag=~/x`, the library or one that it uses."
+    from seqgpt.config import Config
+    home, here = tmp_path/"home", tmp_path/"here"
+    write_lines(home/"data", [{"tokens": t, "label": l} for t, l in melodies[:40]])
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (here/"mine.yaml").write_text("output_dir: ~/run\ndata_path: ~/data\ncache_dir: ~/cache\n")
+    (home/"home.yaml").write_text("max_steps: 2\nmax_length: 16\n")
+    ask = lambda *words: seqgpt(*words, cwd=here, drawn=False)
+    for words in (["train", "--config", "mine.yaml", "--config=~/home.yaml", "--vocab_path=~/data/vocab.json", *TINY],
+                  ["train", "--init_from=~/run/best_model", "--output_dir=~/next", "--validation_path=~/data", "--cache_dir=~/cache", "--max_steps", 1, "--batch_size", 8],
+                  ["evaluate", "--model_path=~/run/best_model", "--data_path=~/data", "--out_dir=~/e", "--num_samples", 2, "--cache_dir=~/cache"],
+                  ["infer", "--model_path=~/run/best_model", "--mode", "generate", "--prompt_file=~/data", "--out_dir=~/i", "--cache_dir=~/cache"],
+                  ["corpus", "labelled", "--data_path=~/data", "--vocab_path=~/data/vocab.json", "--out_dir=~/l"], ["corpus", "digits", "--out_dir=~/d", "--image_size", 8]):
+        result = ask(*words)
+        assert result.returncode == 0, result.stderr
+    assert {"data", "home.yaml", "run", "next", "cache", "e", "i", "l", "d"} <= {p.name for p in home.iterdir()}
+    assert {"checkpoints", "best_model", "config.yaml"} <= {p.name for p in (home/"run").iterdir()}
+    assert Config("~/data", cache_dir="~/cache").cache_dir == str(home/"cache")
+    refused(ask("evaluate", "--model_path=~/nothing"), f"{home}/nothing: no config.json there")
+    assert [p.name for p in here.iterdir()] == ["mine.yaml"]
+
+
+def test_functions_expand_paths_too(trained, tmp_path, monkeypatch):
+    import seqgpt.corpora as corpora
+    import seqgpt.data as data
+    import seqgpt.evaluation as evaluation
+    import seqgpt.model as model
+    import seqgpt.tokenizer as tokenizer
+    import seqgpt.training as training
+    monkeypatch.setenv("HOME", str(shutil.copytree(trained, home := tmp_path/"home")))
+    (tmp_path/"here").mkdir()
+    monkeypatch.chdir(tmp_path/"here")
+    t, m = tokenizer.load_tokenizer("~/outputs/best_model"), model.load_model("~/outputs/best_model")
+    assert len(tokenizer.make_tokenizer("~/vocab.json")) == len(tokenizer.read_vocab("~/vocab.json")) == len(t)
+    assert model.task_of("~/outputs/best_model") == "clm" and corpora.load_source("~/data.jsonl") is None
+    assert len(data.read_corpus("~/data.jsonl", t, cache_dir="~/c").dataset) == len([*data.read_lines("~/data.jsonl")]) == 200
+    assert data.find_vocab("~/data.jsonl").exists() and data.corpus_files("~/data.jsonl")[0].exists()
+    config = training.read_config("~/outputs/config.yaml")
+    assert len(evaluation.evaluation_data("~/outputs/best_model", t, 16, "~/data.jsonl", cache_dir="~/c")[0]) == 200
+    training.write_config(config, "~/w/config.yaml")
+    training.save_model("~/w/model", m, t, config, {"perplexity": 2.0})
+    tokenizer.save_tokenizer(t, "~/w/tokenizer")
+    data.write_corpus("~/w/corpus", [["a"]], [0])
+    data.write_labelled("~/w/labelled", "~/w/corpus")
+    corpora.write_digits("~/w/digits", 4)
+    assert len(corpora.load_images("~/w/digits")) == 1797
+    corpora.write_markov("~/w/markov", corpora.make_markov(symbols=4, branching=2, classes=1, min_length=4, max_length=6), 2)
+    assert corpora.load_source("~/w/markov") is not None
+    assert {p.name for p in (home/"w").iterdir()} == {"config.yaml", "model", "tokenizer", "corpus", "labelled", "digits", "markov"}
+    with pytest.raises(InputError, match="is there already"): data.write_corpus("~/w/corpus", [["a"]])
+    assert not [*(tmp_path/"here").iterdir()]
 
 
 def test_help_and_verbs(tmp_path):

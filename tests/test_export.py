@@ -176,7 +176,7 @@ def test_what_cannot_be_exported_or_opened(written, tmp_path):
     for wrong in ({"n_layer": 2}, {"n_positions": 100}):
         (folder/"config.json").write_text(json.dumps({**config, **wrong}))
         refused(ask(folder), "was not made from the model in")
-    refused(ask(tmp_path/"nowhere", "--runtime", "onnx"), "nowhere: no such folder")
+    refused(ask(tmp_path/"nowhere", "--runtime", "onnx"), "nowhere: no config.json there")
     (tmp_path/"link").symlink_to(tmp_path)
     refused(seqgpt("export", "--model_path", plain, "--out_dir", tmp_path/"link", cwd=tmp_path), "is a link")
     (plain/"onnx").mkdir()
