@@ -84,6 +84,7 @@ def encode_sequences(
     first: int = 1, # Number of the first one, for messages
 ) -> list[list[int]]: # Ids
     "The ids of whole sequences; raises `InputError` for unknown symbols, and where one is longer than `model` can take."
+    if isinstance(sequences, str): raise InputError(f"{sequences[:40]!r} is one sequence. Give a list of sequences, even of one.")
     found, most = [], model.config.n_positions
     for k, sequence in enumerate(sequences, first):
         try: ids = encode_sequence(tokenizer, sequence) if len(sequence) == 0 or isinstance(sequence[0], str) else sequence
@@ -334,6 +335,7 @@ def generate(
             ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"), ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "more than 0"),
             ("guidance", guidance, 0 <= guidance < float("inf"), "0 or more"), ("seed", seed, seed is None or 0 <= seed < 2**63, "0 or more, below 2**63")):
         if not fine: raise InputError(f"{name} is {value}. It must be {rule}.")
+    if isinstance(prompts, str): raise InputError(f"{prompts[:40]!r} is one prompt. Give a list of prompts, even of one.")
     starts, positions = [encode_prompt(tokenizer, p) for p in prompts], model.config.n_positions
     for k, ids in enumerate(starts, 1):
         if len(ids) >= positions:

@@ -3,7 +3,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
 
-from seqgpt.inference import Decoder, chooser, encode_prompt, generate, stream
+from seqgpt.evaluation import score_sequences
+from seqgpt.inference import (
+    Decoder, chooser, encode_prompt, encode_sequence, generate, next_tokens, one_character_each, split_symbols, stream,
+)
 from seqgpt.model import make_config, new_model
 from seqgpt.tokenizer import InputError, make_tokenizer
 
@@ -167,3 +170,43 @@ def test_impossible_numbers_of_new_tokens():
     for options, says in ((dict(min_new_tokens=-1), "min_new_tokens is -1"), (dict(min_new_tokens=4, max_new_tokens=3), "at most max_new_tokens")):
         with pytest.raises(InputError, match=says): generate(random_model(), TOKENIZER, **options)
     with pytest.raises(InputError, match="Prompt 2 has 141 tokens, <bos> included; with 140 positions"): generate(random_model(), TOKENIZER, ["", ["C1"]*140])
+
+
+# --- what is given
+
+def test_scores_are_those_of_transformers_and_symbols_are_checked():
+    model, sequences = random_model(scale=3), ["C1 D1 E1", NOTES[:30], ["<bos>", "G8", "<eos>"], [1, 4, 2], ""]
+    found = score_sequences(model, TOKENIZER, sequences, batch_size=2)
+    for nats, ids in zip(found, [[1, 4, 5, 6, 2], [1, *range(4, 34), 2], [1, VOCAB["G8"], 2], [1, 4, 2], [1, 2]], strict=True):
+        ids = torch.tensor([ids])
+        with torch.no_grad(): expected = model(ids, labels=ids).loss.item()
+        assert len(nats) == ids.shape[1] - 1 and nats.mean() == pytest.approx(expected, abs=1e-4)
+    for given, says in ((["C1 c1"], "Symbol 2 of sequence 1, 'c1', is not in the vocabulary"), (["C1", ["C1", "<eos>", "D1"]], "Symbol 2 of sequence 2, '<eos>', cannot stand there"),
+                        (["C1"]*9 + [["C1"]*139], "Sequence 10 has 141 tokens, <bos> and <eos> included, but the model has 140 positions"), ("C1 D1", "Give a list of sequences")):
+        with pytest.raises(InputError, match=says): score_sequences(model, TOKENIZER, given)
+    with pytest.raises(InputError, match="Give a list of prompts"): generate(model, TOKENIZER, "C1 D1")
+    with pytest.raises(InputError, match="holds 4"): generate(model, TOKENIZER, [[4, 5]])
+
+
+def test_next_tokens_of_several_prefixes():
+    model = random_model(scale=3)
+    several = next_tokens(model, TOKENIZER, [["C1", "D1"], [], "E1 F1"], top=3)
+    assert several == [next_tokens(model, TOKENIZER, p, top=3) for p in ("C1 D1", "", ["E1", "F1"])] and all(len(pairs) == 3 for pairs in several)
+    with pytest.raises(InputError, match="'E1 F1' is not one symbol. Give several prefixes as lists"): next_tokens(model, TOKENIZER, ["C1", "E1 F1"])
+    with pytest.raises(InputError, match="'c1', is not in the vocabulary"): next_tokens(model, TOKENIZER, [["C1"], ["c1"]])
+
+
+def test_spaces_may_be_left_out_where_each_symbol_is_one_character(monkeypatch):
+    proteins = make_tokenizer({s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *"ACDEFGHIKLMNPQRSTVWY"])})
+    for text in ("MKTAYI", "M K T A Y I", "MKT AYI", " <bos>  MKTAYI"): assert encode_prompt(proteins, text) == encode_prompt(proteins, [*"MKTAYI"]), text
+    assert encode_sequence(proteins, "MKT <eos>") == encode_sequence(proteins, [*"MKT"])
+    for given, says in (("MKTa", "Symbol 4 of the prompt, 'a'"), (["MKT"], "Symbol 1 of the prompt, 'MKT'")):
+        with pytest.raises(InputError, match=says): encode_prompt(proteins, given)
+    with pytest.raises(InputError, match="Symbol 1 of the prompt, 'C1D1'"): encode_prompt(TOKENIZER, "C1D1") # two characters each: not guessed
+    asked = []
+    get_vocab = type(proteins).get_vocab
+    monkeypatch.setattr(type(proteins), "get_vocab", lambda self: asked.append(1) or get_vocab(self))
+    for _ in range(3): assert split_symbols(proteins, "MKTAYI") == [*"MKTAYI"]
+    assert not asked # the vocabulary is looked at once
+    proteins.add_tokens("GAP")
+    assert not one_character_each(proteins, len(proteins)) and split_symbols(proteins, "GAP MK") == ["GAP", "MK"]
