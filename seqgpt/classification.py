@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from .corpora import MarkovSource, credit, digits_shape, to_images
 from .data import collate, unframed
 from .evaluation import calibration_error, confidence_bins, evaluation_data, interval, name_ticks, plot_calibration, short_name, token_scores
+from .inference import encode_prompt, encode_sequences
 from .model import load_model
 from .tokenizer import InputError, html_table, load_tokenizer
 from .training import macro_f1
@@ -43,13 +44,14 @@ def class_logits(
 def predict(
     model, # A classifier, in evaluation mode
     tokenizer, # Its tokenizer
-    sequences, # Lists of ids, framed by `<bos>` and `<eos>`; a column of a dataset will do
+    sequences, # Symbols or ids, see `encode_sequences`; a column of a dataset will do
     batch_size: int = 16, # Sequences at once
 ) -> np.ndarray: # (sequences, classes)
-    "The scores of the classes for each sequence; raises `InputError` for an impossible size."
+    "The scores of the classes for each sequence; raises `InputError` for unknown symbols, sequences that are too long, and an impossible size."
     if batch_size < 1: raise InputError(f"batch_size is {batch_size}. It must be at least 1.")
     starts = tqdm(range(0, len(sequences), batch_size), desc="Classifying", unit="batch", delay=2, leave=False)
-    batches = (collate([{"input_ids": ids} for ids in sequences[k:k + batch_size]], tokenizer.pad_token_id) for k in starts)
+    encoded = (encode_sequences(model, tokenizer, sequences[k:k + batch_size], k + 1) for k in starts)
+    batches = (collate([{"input_ids": ids} for ids in some], tokenizer.pad_token_id) for some in encoded)
     return np.concatenate([class_logits(model, b).cpu().numpy() for b in batches])
 
 # %% ../nbs/07_classification.ipynb #45f4d606
@@ -282,7 +284,7 @@ def told_log_likelihoods(
     symbols: list[str], # Those of the classes
 ) -> np.ndarray: # (classes, tokens): logarithm of the probability of the class and of the tokens up to each one
     "How likely a sequence is together with each class; softmax over the classes gives the class by Bayes' rule."
-    rows = [{"input_ids": [ids[0], c, *ids[1:]]} for c in tokenizer.convert_tokens_to_ids(symbols)]
+    rows = [{"input_ids": [ids[0], c, *ids[1:]]} for _, c in (encode_prompt(tokenizer, [s]) for s in symbols)]
     return -token_scores(model, collate(rows, tokenizer.pad_token_id))[0].cumsum(1)
 
 # %% ../nbs/07_classification.ipynb #80b2f465

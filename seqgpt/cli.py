@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['USUAL', 'VERBS', 'PATHS', 'FULL', 'EXTRAS', 'LESS', 'parser_for', 'plain_message', 'nearest', 'in_order', 'on_lines',
            'corpus_digits', 'corpus_markov', 'corpus_labelled', 'measures', 'give_data', 'train_command', 'show_run',
-           'write_samples', 'evaluate', 'open_model', 'read_sequences', 'infer', 'print_labels', 'interact', 'export',
-           'serve', 'search', 'usage', 'preset', 'settings_file', 'run_verb', 'explain', 'main']
+           'write_samples', 'evaluate', 'open_model', 'read_sequences', 'read_sequence', 'infer', 'print_labels',
+           'interact', 'export', 'serve', 'search', 'usage', 'preset', 'settings_file', 'run_verb', 'explain', 'main']
 
 # %% ../nbs/10_cli.ipynb #364a1381
 import contextlib
@@ -249,6 +249,7 @@ def write_samples(
     out_dir: str | Path, # Made if it is not there
     shown: list | None = None, # What to draw instead of the samples alone
     columns: int = 10, # Pictures in a row
+    fields: list[dict] | None = None, # Other fields of the line of each sample, such as an id
 ) -> str: # What was written
     "Writes `samples.jsonl`, and `samples.png` where the symbols are pixels."
     import matplotlib.pyplot as plt
@@ -261,7 +262,7 @@ def write_samples(
         given = ~np.isnan(to_images([s.tokens[:s.given] for s in shown], vocab))
         with written_whole(out/"samples.png") as part: plot_images(to_images([s.tokens for s in shown], vocab), columns=columns, given=given).savefig(part, format="png", dpi=120)
         plt.close()
-    write_lines(out/"samples.jsonl", map(vars, samples))
+    write_lines(out/"samples.jsonl", (other | vars(s) for other, s in zip(fields or [{}]*len(samples), samples)))
     if not shape: return f"{out}/samples.jsonl: {counted(len(samples), 'sample')}."
     judge, images = DigitJudge(*shape), to_images([s.tokens for s in samples], vocab)
     asked = [s.tokens[0].removeprefix(LABEL) if s.tokens and s.tokens[0].startswith(LABEL) else None for s in samples]
@@ -314,24 +315,63 @@ def read_sequences(
     model_path: str | Path, # Folder of a trained model
     tokenizer, # Its tokenizer
     most: int | None = None, # How many to take, from the beginning; None: all
+    share: float = 1.0, # How much of each sequence will be used; this must fit into the model
+    positions: int = 2**63, # Of the model
+    skip_bad_lines: bool = False, # Go on without lines that cannot be used, and say how many
     cache_dir: str | None = None, # Where encoded data is kept
-) -> list[list[str]]: # Symbols, without `<bos>` and `<eos>`
-    "The first sequences at `path`; raises `InputError` where a line is not one."
-    from seqgpt.data import read_corpus, unframed
+) -> tuple[list[list[str]], list[dict]]: # Symbols of each, without `<bos>` and `<eos>`; the other fields of its line
+    "The first sequences at `path`, each whole; raises `InputError` with an account of all bad lines."
+    from seqgpt.data import BadLine, Problems, corpus_files, read_span, unframed, whole
     from seqgpt.evaluation import training_split
-    dataset = read_corpus(path, tokenizer, cache_dir=cache_dir).dataset if path else training_split(model_path, tokenizer, cache_dir).validation
-    return [unframed(ids, tokenizer) for ids in dataset[:most]["input_ids"]]
+    if not path:
+        rows = training_split(model_path, tokenizer, cache_dir).validation[:most]
+        return [unframed(ids, tokenizer) for ids in rows["input_ids"]], [{} if label is None else {"label": label} for label in rows["label"]]
+    files, vocab, found, problems = corpus_files(path), tokenizer.get_vocab(), [], Problems()
+    lines = ((file, number, line) for file in files for number, line in read_span(whole(file), columns=None) if line != b"")
+    for origin, number, line in lines:
+        if len(found) == most: break
+        try: found.append(read_sequence(line, tokenizer, vocab, share, positions))
+        except BadLine as e: problems.add(f"line {number}" if len(files) == 1 else f"{origin.name}:{number}", e.kind, e.detail)
+    if (bad := problems.counts.total()) and not (skip_bad_lines and found):
+        remedy = "Mend them, or go on without them with --skip_bad_lines." if found else 'Is it JSON Lines in UTF-8? Each line is an object such as {"tokens": ["a", "b"]}.'
+        raise InputError(f"{path}: {bad:,} of {bad + len(found):,} lines cannot be used.\n{problems}.\n{remedy}")
+    if not found: raise InputError(f'{path}: no sequences in it. A line is an object such as {{"tokens": ["a", "b"]}}.')
+    if bad: print(f"{bad:,} bad line{'s'[:bad != 1]} left out ({problems}).", file=sys.stderr)
+    return [symbols for symbols, _ in found], [fields for _, fields in found]
+
+def read_sequence(
+    line: bytes | dict, # See `parse_line`
+    tokenizer, # Of the model
+    vocab: dict[str, int], # Its vocabulary
+    share: float, # See `read_sequences`
+    positions: int, # Of the model
+) -> tuple[list[str], dict]: # Symbols, and the other fields
+    "The sequence on one line; raises `BadLine`."
+    from seqgpt.data import KEYS, BadLine, parse_line
+    from seqgpt.tokenizer import unique
+    fields = None
+    with contextlib.suppress(ValueError, RecursionError): fields = json.loads(line, object_pairs_hook=unique) if isinstance(line, bytes) else line
+    given = {k: v for k, v in fields.items() if k != "label"} if isinstance(fields, dict) else line # a label is passed on, and is not used
+    ids, _ = parse_line(given, tokenizer, vocab)
+    symbols = tokenizer.convert_ids_to_tokens(ids[1:-1])
+    if inside := {tokenizer.bos_token, tokenizer.eos_token}.intersection(symbols): raise BadLine("special token inside a sequence", min(inside))
+    tokens = int(share*len(symbols)) + 2 # and <bos>, and <eos> or what comes next
+    if tokens > positions: raise BadLine(f"longer than the {positions:,} positions of the model", f"{tokens:,} tokens")
+    key = next(key for key in KEYS if key in fields)
+    others = json.dumps({k: v for k, v in fields.items() if k != key}, default=str) # Parquet may hold dates and the like
+    return symbols, json.loads(others)
 
 # %% ../nbs/10_cli.ipynb #2fbbf181
 def infer(
     model_path: ModelPath, # Folder of a trained model, such as outputs/best_model, or of an exported one
     mode: typing.Literal["interactive", "generate", "classify"] = "interactive", # interactive: see the distribution of the next token and choose; generate: continue by itself; classify: ask a classifier which label
-    prompt: str = "", # Symbols to start from, or to classify, with spaces between
+    prompt: str = "", # Symbols to start from, or to classify, with spaces between; MKTAYI is M K T A Y I where each symbol is one character
     prompt_file: DataPath | None = None, # JSON Lines file: start from the beginnings of its sequences instead, or classify them
     num_prompts: int | None = None, # Take so many sequences: of prompt_file (default: 6 to continue, all to classify), or of the validation set of the training
     prompt_share: float | None = None, # How much of each of these sequences is given, 0 to 1; default: half to continue, all to classify
     num_samples: int = 1, # Continuations of each prompt
     max_new_tokens: int | None = None, # Longest continuation; default: as long as the model can
+    min_new_tokens: int = 0, # Shortest continuation: before so many symbols it does not end
     temperature: float = 1.0, # Below 1: more cautious; 0: greedy, always the most probable
     top_k: int = 0, # Choose among the k most probable only; 0: all
     top_p: float = 1.0, # Nucleus: choose among the most probable that add up to p; 1: all
@@ -341,6 +381,7 @@ def infer(
     top: int = 10, # Interactive: how many symbols to show; classify: how many labels
     out_dir: OutputPath | None = None, # Also write samples.jsonl there (generate), and samples.png for digits; predictions.jsonl (classify)
     runtime: typing.Literal["auto", "pytorch", "onnx"] = "auto", # onnx: what seqgpt export wrote into `onnx` in the folder of the model; auto: pytorch, unless model_path is an exported folder or a file in it
+    skip_bad_lines: bool = False, # Go on without lines of prompt_file that cannot be used, and say how many
     cache_dir: OutputPath | None = None, # Where encoded data is kept; default: beside the cache of Hugging Face datasets
 ):
     "Asks a trained model what comes next, or a classifier which label."
@@ -348,6 +389,8 @@ def infer(
     classify = mode == "classify"
     model, tokenizer = open_model(model_path, "classification" if classify else "clm", runtime)
     if top < 1: raise InputError(f"top is {top}. It must be at least 1.")
+    if mode == "interactive" and (prompt_file or num_prompts or out_dir):
+        raise InputError(f"--{'prompt_file' if prompt_file else 'num_prompts' if num_prompts else 'out_dir'} is of no use where you type. Choose --mode generate or --mode classify.")
     if mode == "interactive": return interact(model, tokenizer, prompt, top, seed)
     if prompt and (prompt_file or num_prompts): raise InputError("Give one of --prompt, and --prompt_file or --num_prompts.")
     if prompt_share is None: prompt_share = 1.0 if classify else 0.5
@@ -355,13 +398,22 @@ def infer(
     if num_prompts is not None and num_prompts < 1: raise InputError(f"num_prompts is {num_prompts}. It must be at least 1.")
     written = f"{out_dir}/{'predictions' if classify else 'samples'}.jsonl"
     if out_dir and Path(written).exists(): raise InputError(f"{written}: is there already. Choose another --out_dir, or move it away.")
-    whole = [] if not (prompt_file or num_prompts) else read_sequences(prompt_file, model_path, tokenizer, num_prompts or (None if classify else 6), cache_dir)
+    whole, fields = [], [{}]
+    if prompt_file or num_prompts:
+        most = num_prompts or (None if classify else 6)
+        whole, fields = read_sequences(prompt_file, model_path, tokenizer, most, prompt_share, model.config.n_positions, skip_bad_lines, cache_dir)
+        if len(whole) == most != num_prompts: print(f"Only the first {most} sequences of {prompt_file}; take more with --num_prompts.", file=sys.stderr)
+    ours = ("prediction", "probabilities") if classify else ("given", "finished")
+    if taken := out_dir and next((name for other in fields for name in ours if name in other), None):
+        raise InputError(f"{prompt_file}: a line has a field {taken!r} of its own, which {written} has for what the model says. Rename it.")
     prompts = [s[:int(prompt_share*len(s))] for s in whole] or [prompt]
-    if classify: return print_labels(model, tokenizer, prompts, top, out_dir and written)
-    samples = generate(model, tokenizer, prompts, num_samples, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, guidance=guidance)
+    if classify: return print_labels(model, tokenizer, prompts, top, out_dir and written, fields)
+    samples = generate(model, tokenizer, prompts, num_samples, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, guidance=guidance, min_new_tokens=min_new_tokens)
     if out_dir:
         rows = [[Sample(s, 0, True), *samples[k*num_samples:(k + 1)*num_samples]] for k, s in enumerate(whole)] # the whole one first
-        print(write_samples(samples, tokenizer, out_dir, sum(rows, []), num_samples + 1 if rows else 10), file=sys.stderr)
+        print(write_samples(samples, tokenizer, out_dir, sum(rows, []), num_samples + 1 if rows else 10, [other for other in fields for _ in range(num_samples)]), file=sys.stderr)
+    if cut := sum(not s.finished and len(s.tokens) + 1 == model.config.n_positions for s in samples):
+        print(f"{cut:,} of {len(samples):,} sequence{'s'[:len(samples) != 1]} cut off: the model has {model.config.n_positions:,} positions.", file=sys.stderr)
     for s in samples: print(*s.tokens)
 
 # %% ../nbs/10_cli.ipynb #2956fa53
@@ -371,22 +423,23 @@ def print_labels(
     prompts: list, # Sequences, see `encode_prompt`
     top: int, # How many labels to print for each
     path: str | None = None, # Where to write all probabilities
+    fields: list[dict] | None = None, # Other fields of the line of each sequence, such as an id, to write with them
 ):
     "Prints and writes what a classifier says; raises `InputError` for sequences that cannot be classified."
     from scipy.special import softmax
 
     from seqgpt.classification import predict
     from seqgpt.data import write_lines
-    from seqgpt.inference import encode_prompt
-    eos, most = tokenizer.eos_token, model.config.n_positions
-    symbols = [p.split() if isinstance(p, str) else p for p in prompts]
-    symbols = [s[:-1] if s[-1:] == [eos] else s for s in symbols]
-    if not all(symbols): raise InputError("Nothing to classify. Give a sequence with --prompt, or several with --prompt_file or --num_prompts.")
-    ids = [[*encode_prompt(tokenizer, s), tokenizer.eos_token_id] for s in symbols]
-    if (longest := max(map(len, ids))) > most: raise InputError(f"The longest sequence has {longest} tokens, {tokenizer.bos_token} and {eos} included, but the model has {most} positions.")
+    from seqgpt.inference import encode_sequences
+    ids = encode_sequences(model, tokenizer, prompts)
+    if min(map(len, ids)) < 3: raise InputError("Nothing to classify. Give a sequence with --prompt, or several with --prompt_file or --num_prompts.")
     labels = [model.config.id2label[k] for k in range(model.config.num_labels)]
     found = [dict(sorted(zip(labels, p.tolist()), key=lambda pair: -pair[1])) for p in softmax(predict(model, tokenizer, ids), axis=1)]
-    if path: write_lines(path, ({"tokens": s, "label": next(iter(p)), "probabilities": p} for s, p in zip(symbols, found)))
+    def row(other, ids, p):
+        best, truth = next(iter(p)), other.get("label")
+        prediction = best if truth is None or isinstance(truth, str) else literal(best) # comparable with a label that is a number
+        return other | {"tokens": tokenizer.convert_ids_to_tokens(ids[1:-1]), "prediction": prediction, "probabilities": p}
+    if path: write_lines(path, map(row, fields or [{}]*len(ids), ids, found))
     for p in found: print(*(f"{label} {share:.2%}" for label, share in list(p.items())[:top]), sep="\t")
 
 # %% ../nbs/10_cli.ipynb #00521365
@@ -400,11 +453,11 @@ def interact(
     "Shows what could come next, and appends what the user chooses, until there is no more input."
     import torch
 
-    from seqgpt.inference import chooser, decoder_for, encode_prompt, likeliest, text_bars
+    from seqgpt.inference import chooser, decoder_for, encode_prompt, likeliest, split_symbols, text_bars
     with contextlib.suppress(ImportError): importlib.import_module("readline") # gives `input` its arrow keys, where there are any
     if seed is not None: torch.manual_seed(seed)
     encode_prompt(tokenizer, prompt)
-    symbols, decoder, roll = prompt.split(), decoder_for(model)(model), chooser(tokenizer)
+    symbols, decoder, roll = split_symbols(tokenizer, prompt), decoder_for(model)(model), chooser(tokenizer)
     print("Type symbols to append them, Enter for the most probable one, /sample for a random one,\n/back to take one back, /clear to start again, /quit to end.")
     while True:
         if symbols[-1:] == [tokenizer.eos_token] or len(symbols) + 1 >= model.config.n_positions: # <bos> takes one
@@ -423,9 +476,10 @@ def interact(
         elif typed.startswith("/") and typed not in tokenizer.get_vocab(): print(f"There is no {typed}: /sample, /back, /clear or /quit.")
         elif not typed: symbols.append(pairs[0][0])
         else:
-            try: encode_prompt(tokenizer, [*symbols, *typed.split()])
+            more = split_symbols(tokenizer, typed)
+            try: encode_prompt(tokenizer, [*symbols, *more])
             except InputError as e: print(e)
-            else: symbols += typed.split()
+            else: symbols += more
 
 # %% ../nbs/10_cli.ipynb #2d91518e
 def export(

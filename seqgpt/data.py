@@ -318,9 +318,10 @@ def read_span(
     progress=lambda n_bytes: None, # Called now and then with the bytes read since
     process: int = 0, # Only every `processes`-th line is wanted, from this on
     processes: int = 1,
+    columns: list[str] | None = KEYS, # What to read of Parquet; None: everything
 ):
     "Yields number (from 1, in the span) and line, stripped and perhaps empty; or number and row of Parquet, a dictionary."
-    if span.kind == "parquet": yield from read_rows(span, progress, process, processes); return
+    if span.kind == "parquet": yield from read_rows(span, progress, process, processes, columns); return
     first, end = line_range(span) if span.kind == "lines" else (0, math.inf)
     with open(span.path, "rb") as raw:
         raw.seek(first)
@@ -336,14 +337,14 @@ def read_span(
             raise InputError(f"{span.path}, after line {number}: the file cannot be read on ({e}). Is it complete?") from e
         progress(raw.tell() - told)
 
-def read_rows(span, progress, process, processes):
+def read_rows(span, progress, process, processes, columns):
     "`read_span` of Parquet."
     with open_parquet(span.path) as file:
         groups = [file.metadata.row_group(k) for k in range(span.start, span.stop)]
         rows, most = sum(g.num_rows for g in groups), max((g.column(k).num_values for g in groups for k in range(g.num_columns)), default=0)
         batch = max(1, min(1000, 2**20 * rows // max(1, most * len(groups)))) # rows of about a million symbols
         number = 0
-        for table in file.iter_batches(batch, [*range(span.start, span.stop)], [k for k in KEYS if k in file.schema_arrow.names]):
+        for table in file.iter_batches(batch, [*range(span.start, span.stop)], columns and [k for k in columns if k in file.schema_arrow.names]):
             wanted = range((process - number - 1) % processes, len(table), processes)
             for k, row in zip(wanted, (table if processes == 1 else table.take(pa.array(wanted, pa.int64()))).to_pylist()): yield number + k + 1, {name: v for name, v in row.items() if v is not None}
             number += len(table)

@@ -195,7 +195,7 @@ class OnnxDecoder(Decoder):
             self.bound = there if in_place else None
         place, new, logits = torch.arange(total), torch.arange(ids.shape[1]), torch.empty(*ids.shape, self.model.config.vocab_size)
         mask = (place >= self.padding[:, None]) & (place < past + ids.shape[1])
-        given = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": (past + new - self.padding[:, None]).clamp(min=0)}
+        given = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": (past + new - self.padding[:, None]).clamp(0, self.model.config.n_positions - 1)}
         self.bind("input", given)
         self.bind("output", {"logits": logits})
         self.model.session.run_with_iobinding(self.binding)

@@ -163,8 +163,25 @@ def test_generate_continues_and_repeats_with_the_seed(trained, tmp_path):
     assert greedy[0] == greedy[1]
     result = ask("--prompt_file", trained/"data.jsonl", "--num_prompts", 3, "--num_samples", 2, "--out_dir", tmp_path/"s")
     rows = [json.loads(line) for line in (tmp_path/"s/samples.jsonl").read_text().splitlines()]
-    assert result.returncode == 0 and len(rows) == 6 and {"tokens", "given", "finished"} == rows[0].keys()
+    assert result.returncode == 0 and len(rows) == 6 and {"label", "tokens", "given", "finished"} == rows[0].keys()
+    assert "Only the first" not in result.stderr # which was asked for
     refused(ask("--prompt", "C4", "--out_dir", tmp_path/"s"), "is there already")
+
+
+def test_samples_keep_the_other_fields_and_what_is_cut_is_counted(trained, tmp_path):
+    lines = [{"id": k, "tokens": t, "note": {"of": t[0]}} for k, t in enumerate([["C4"]*14, ["D4"], ["C4", "E4"], ["C4"]*15])]
+    write_lines(tmp_path, lines + lines[1:2]*4)
+    ask = lambda *args: seqgpt("infer", "--model_path", trained/"outputs/best_model", "--mode", "generate", "--prompt_file", "data.jsonl", "--prompt_share", 1,
+                               "--min_new_tokens", 13, "--num_samples", 2, "--seed", 0, "--out_dir", "s", *args, cwd=tmp_path)
+    refused(ask(), "1 of 7 lines", "longer than the 16 positions of the model: 1, at line 4 (17 tokens)", "--skip_bad_lines")
+    result = ask("--skip_bad_lines")
+    rows = [json.loads(line) for line in open(tmp_path/"s/samples.jsonl")]
+    assert [(r["id"], r["note"]) for r in rows] == [(k, lines[k]["note"]) for k in (0, 0, 1, 1, 2, 2, *[1]*6)]
+    assert [r["tokens"][:r["given"]] for r in rows] == [lines[r["id"]]["tokens"] for r in rows]
+    for r in rows: assert len(r["tokens"]) - r["given"] == {0: 1, 1: 14, 2: 13}[r["id"]] if not r["finished"] else len(r["tokens"]) - r["given"] == 13, r # each has its own room
+    cut = sum(not r["finished"] for r in rows)
+    assert "1 bad line left out" in result.stderr and "Only the first 6 sequences of data.jsonl; take more with --num_prompts" in result.stderr
+    assert f"{cut} of 12 sequences cut off: the model has 16 positions." in result.stderr and cut >= 4
 
 
 def test_num_prompts_takes_validation_sequences(trained, tmp_path):
@@ -205,6 +222,8 @@ def test_infer_mistakes(trained):
     refused(ask("--mode", "generate", "--num_prompts", "-3"), "num_prompts is -3")
     refused(ask("--mode", "generate", "--num_prompts", "3", "--prompt", "C4"), "one of --prompt")
     refused(ask("--top", "0"), "top is 0")
+    refused(ask("--prompt_file", "data.jsonl"), "--prompt_file is of no use", "--mode generate")
+    refused(ask("--mode", "generate", "--min_new_tokens", "3", "--max_new_tokens", "2"), "min_new_tokens is 3", "at most max_new_tokens")
     refused(ask("--mode", "generate", "--out_dir", "data.jsonl"), "data.jsonl")
     refused(seqgpt("infer", cwd=trained), "model_path")
 

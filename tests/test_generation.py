@@ -1,9 +1,12 @@
 "Generation against Transformers' own `generate`: the same tokens, greedy and with the same dice."
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
 
-from seqgpt.inference import Decoder, chooser, encode_prompt, generate, stream
+from seqgpt.evaluation import score_sequences
+from seqgpt.inference import (
+    Decoder, chooser, encode_prompt, encode_sequence, generate, next_tokens, one_character_each, split_symbols, stream,
+)
 from seqgpt.model import make_config, new_model
 from seqgpt.tokenizer import InputError, make_tokenizer
 
@@ -11,7 +14,8 @@ VOCAB = {s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *(f"{no
 TOKENIZER = make_tokenizer(VOCAB)
 EQUAL, UNEQUAL = ["C4 D4"], ["C4", "", "E4 F4 G4 C4 D4 E4", "C4 D4"]
 WAYS = {"greedy": dict(temperature=0), "sampled": {}, "cool": dict(temperature=0.7), "top_k": dict(top_k=3), "top_p": dict(top_p=0.8), "penalty": dict(repetition_penalty=1.3),
-        "greedy, penalty": dict(temperature=0, repetition_penalty=1.5), "everything": dict(temperature=1.5, top_k=5, top_p=0.9, repetition_penalty=1.2)}
+        "greedy, penalty": dict(temperature=0, repetition_penalty=1.5), "everything": dict(temperature=1.5, top_k=5, top_p=0.9, repetition_penalty=1.2),
+        "not before": dict(min_new_tokens=9), "all before": dict(temperature=0.7, top_k=3, min_new_tokens=130)}
 FIELDS = {"plain": {}, "no scale": dict(scale_attn_weights=False), "scale by layer": dict(scale_attn_by_inverse_layer_idx=True), "inner": dict(n_inner=24), "relu": dict(activation_function="relu"),
           "epsilon": dict(layer_norm_epsilon=0.1), "own head": dict(tie_word_embeddings=False), "no cache": dict(use_cache=False)}
 
@@ -24,18 +28,30 @@ def random_model(max_length=140, scale=8, **fields):
     return model
 
 
-def theirs(model, prompts, num_samples=1, max_new_tokens=None, temperature=1.0, seed=0, batch_size=32, top_k=0, top_p=1.0, repetition_penalty=1.0):
-    "Ids that Transformers adds, <eos> and what is behind it cut off."
+def with_room(model):
+    "The same model for Transformers' `generate`, which lets rows that have ended go on beyond the last position of the model."
+    more = GPT2LMHeadModel(GPT2Config(**model.config.to_diff_dict() | {"n_positions": 2*model.config.n_positions})).eval()
+    weights = model.state_dict()
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"].repeat(2, 1)
+    more.load_state_dict(weights)
+    return more
+
+
+def theirs(model, prompts, num_samples=1, max_new_tokens=None, temperature=1.0, seed=0, batch_size=32, top_k=0, top_p=1.0, repetition_penalty=1.0, min_new_tokens=0):
+    "Ids that Transformers adds, each sequence up to the last position of the model, <eos> and what is behind it cut off."
     encoded = [ids for p in prompts for ids in [encode_prompt(TOKENIZER, p)]*num_samples]
-    new = min(max_new_tokens or 10**9, model.config.n_positions - max(map(len, encoded)))
     choose = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p) if temperature else dict(do_sample=False)
-    how = GenerationConfig(max_new_tokens=new, **choose, repetition_penalty=repetition_penalty, pad_token_id=0, eos_token_id=2, suppress_tokens=[0, 1, 3])
+    how = GenerationConfig(max_new_tokens=model.config.n_positions, min_new_tokens=min_new_tokens, **choose, repetition_penalty=repetition_penalty,
+                           pad_token_id=0, eos_token_id=2, suppress_tokens=[0, 1, 3])
+    wide, rows = with_room(model), []
     torch.manual_seed(seed)
-    rows = []
     for k in range(0, len(encoded), batch_size):
         longest = max(map(len, some := encoded[k:k + batch_size]))
         ids, mask = torch.tensor([[0]*(longest - len(p)) + p for p in some]), torch.tensor([[0]*(longest - len(p)) + [1]*len(p) for p in some])
-        rows += model.generate(ids, attention_mask=mask, generation_config=how)[:, longest:].tolist()
+        room = torch.tensor([min(max_new_tokens or 10**9, model.config.n_positions - len(p)) for p in some])
+        full = lambda found, scores, room=room, longest=longest: found.shape[1] - longest >= room
+        added = wide.generate(ids, attention_mask=mask, generation_config=how, stopping_criteria=StoppingCriteriaList([full]))[:, longest:].tolist()
+        rows += [row[:n] for row, n in zip(added, room)]
     return [row[:row.index(2)] if 2 in row else row for row in rows]
 
 
@@ -94,7 +110,7 @@ def test_choosing_leaves_the_logits_alone():
     logits, ids = torch.randn(3, len(VOCAB)), torch.randint(4, len(VOCAB), (3, 5))
     for options in WAYS.values():
         before = logits.clone()
-        chosen = chooser(TOKENIZER, **options)(ids, logits)
+        chosen = chooser(TOKENIZER, **{k: v for k, v in options.items() if k != "min_new_tokens"})(ids, logits)
         assert torch.equal(before, logits) and chosen.shape == (3,) and not {0, 1, 3} & set(chosen.tolist())
 
 
@@ -122,3 +138,75 @@ def test_choosing_gives_the_threads_back():
         with pytest.raises(InputError): choose(torch.tensor([[1]]), torch.full((1, len(TOKENIZER)), torch.nan))
         assert torch.get_num_threads() == before + 1
     finally: torch.set_num_threads(before)
+
+
+NOTES = list(VOCAB)[4:]
+
+
+@pytest.mark.parametrize("options", [{}, dict(use_cache=False), dict(guidance=1.5)], ids=str)
+def test_each_sequence_has_its_own_room(options):
+    "A long prompt in the same call takes nothing from the short ones, whatever is computed again."
+    model, prompts = random_model(max_length=48), [[note, "C1"] for note in NOTES[:5]] + [NOTES + NOTES[:5], ["C1"], NOTES[:30]]
+    how = dict(temperature=0, min_new_tokens=40, **options)
+    together, alone = generate(model, TOKENIZER, prompts, **how), [generate(model, TOKENIZER, [p], **how)[0] for p in prompts]
+    assert together == alone and [s.given for s in together] == [*map(len, prompts)]
+    assert all(s.finished or len(s.tokens) == 47 for s in together) and {len(s.tokens) - s.given for s in together} >= {2, 17} and len(together[0].tokens) > 40
+
+
+@pytest.mark.parametrize("guidance, passes", [(1.0, 1), (1.5, 2)])
+def test_each_distinct_prompt_is_computed_once(guidance, passes, monkeypatch):
+    "However many samples are drawn of it, in however many batches, and however often it is in the list."
+    model, computed, step = random_model(max_length=60), [], Decoder.step
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **how: computed.append(ids.numel()) or forward(ids, **how))
+    monkeypatch.setattr(Decoder, "step", lambda self, token: computed.append(len(token)) or step(self, token))
+    prompts = [NOTES, NOTES[:20], NOTES]
+    drawn = generate(model, TOKENIZER, prompts, num_samples=20, max_new_tokens=3, min_new_tokens=3, seed=0, guidance=guidance)
+    assert sum(computed) == passes*(2*41 + 60*2) # both prompts, the shorter padded to 41 tokens; the first of three new tokens needs no more
+    assert [s.tokens[:s.given] for s in drawn] == [p for p in prompts for _ in range(20)] and len({*map(str, drawn)}) > 40
+
+
+def test_impossible_numbers_of_new_tokens():
+    for options, says in ((dict(min_new_tokens=-1), "min_new_tokens is -1"), (dict(min_new_tokens=4, max_new_tokens=3), "at most max_new_tokens")):
+        with pytest.raises(InputError, match=says): generate(random_model(), TOKENIZER, **options)
+    with pytest.raises(InputError, match="Prompt 2 has 141 tokens, <bos> included; with 140 positions"): generate(random_model(), TOKENIZER, ["", ["C1"]*140])
+
+
+# --- what is given
+
+def test_scores_are_those_of_transformers_and_symbols_are_checked():
+    model, sequences = random_model(scale=3), ["C1 D1 E1", NOTES[:30], ["<bos>", "G8", "<eos>"], [1, 4, 2], ""]
+    found = score_sequences(model, TOKENIZER, sequences, batch_size=2)
+    for nats, ids in zip(found, [[1, 4, 5, 6, 2], [1, *range(4, 34), 2], [1, VOCAB["G8"], 2], [1, 4, 2], [1, 2]], strict=True):
+        ids = torch.tensor([ids])
+        with torch.no_grad(): expected = model(ids, labels=ids).loss.item()
+        assert len(nats) == ids.shape[1] - 1 and nats.mean() == pytest.approx(expected, abs=1e-4)
+    for given, says in ((["C1 c1"], "Symbol 2 of sequence 1, 'c1', is not in the vocabulary"), (["C1", ["C1", "<eos>", "D1"]], "Symbol 2 of sequence 2, '<eos>', cannot stand there"),
+                        (["C1"]*9 + [["C1"]*139], "Sequence 10 has 141 tokens, <bos> and <eos> included, but the model has 140 positions"), ("C1 D1", "Give a list of sequences")):
+        with pytest.raises(InputError, match=says): score_sequences(model, TOKENIZER, given)
+    with pytest.raises(InputError, match="Give a list of prompts"): generate(model, TOKENIZER, "C1 D1")
+    with pytest.raises(InputError, match="holds 4"): generate(model, TOKENIZER, [[4, 5]])
+
+
+def test_next_tokens_of_several_prefixes():
+    model = random_model(scale=3)
+    several = next_tokens(model, TOKENIZER, [["C1", "D1"], [], "E1 F1"], top=3)
+    assert several == [next_tokens(model, TOKENIZER, p, top=3) for p in ("C1 D1", "", ["E1", "F1"])] and all(len(pairs) == 3 for pairs in several)
+    with pytest.raises(InputError, match="'E1 F1' is not one symbol. Give several prefixes as lists"): next_tokens(model, TOKENIZER, ["C1", "E1 F1"])
+    with pytest.raises(InputError, match="'c1', is not in the vocabulary"): next_tokens(model, TOKENIZER, [["C1"], ["c1"]])
+
+
+def test_spaces_may_be_left_out_where_each_symbol_is_one_character(monkeypatch):
+    proteins = make_tokenizer({s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *"ACDEFGHIKLMNPQRSTVWY"])})
+    for text in ("MKTAYI", "M K T A Y I", "MKT AYI", " <bos>  MKTAYI"): assert encode_prompt(proteins, text) == encode_prompt(proteins, [*"MKTAYI"]), text
+    assert encode_sequence(proteins, "MKT <eos>") == encode_sequence(proteins, [*"MKT"])
+    for given, says in (("MKTa", "Symbol 4 of the prompt, 'a'"), (["MKT"], "Symbol 1 of the prompt, 'MKT'")):
+        with pytest.raises(InputError, match=says): encode_prompt(proteins, given)
+    with pytest.raises(InputError, match="Symbol 1 of the prompt, 'C1D1'"): encode_prompt(TOKENIZER, "C1D1") # two characters each: not guessed
+    asked = []
+    get_vocab = type(proteins).get_vocab
+    monkeypatch.setattr(type(proteins), "get_vocab", lambda self: asked.append(1) or get_vocab(self))
+    for _ in range(3): assert split_symbols(proteins, "MKTAYI") == [*"MKTAYI"]
+    assert not asked # the vocabulary is looked at once
+    proteins.add_tokens("GAP")
+    assert not one_character_each(proteins, len(proteins)) and split_symbols(proteins, "GAP MK") == ["GAP", "MK"]
