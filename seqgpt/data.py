@@ -9,8 +9,8 @@ __all__ = ['REMEDIES', 'KINDS', 'ENDINGS', 'LONGEST', 'KEYS', 'LONG', 'PIECE', '
            'line_range', 'lines_before', 'read_span', 'read_rows', 'read_lines', 'Problems', 'cut', 'fingerprint',
            'Corpus', 'Coding', 'encode_line', 'encode_rows', 'write_arrow', 'as_batch', 'written_whole', 'sync', 'swap',
            'remove', 'alone', 'sweep', 'cut_files', 'piece_key', 'encode_piece', 'follow', 'encode_files',
-           'read_corpus', 'remedy', 'make_coding', 'Split', 'split_corpus', 'keep_labels', 'beginnings', 'among',
-           'apart', 'column', 'choose', 'set_aside', 'given_split', 'class_names', 'collate', 'cell_colours',
+           'read_corpus', 'remedy', 'whole_number', 'make_coding', 'Split', 'split_corpus', 'keep_labels', 'beginnings',
+           'among', 'apart', 'column', 'choose', 'set_aside', 'given_split', 'class_names', 'collate', 'cell_colours',
            'plot_batch', 'ByLength', 'batches_by_length', 'Stream', 'batched', 'stream_corpus', 'write_lines',
            'checked_symbols', 'checked_list', 'write_corpus', 'checked_label', 'label_symbols', 'find_vocab',
            'write_labelled']
@@ -743,6 +743,15 @@ def remedy(
         return f"Is it JSON Lines in UTF-8? Each line is an object such as {example}."
     return "Mend them."
 
+def whole_number(
+    value, # From Python, NumPy or PyTorch
+    name: str, # Of the setting
+) -> int:
+    "A setting as a number of Python; raises `InputError` where it is not whole."
+    if isinstance(value, float | np.floating) and float(value).is_integer(): return int(value)
+    try: return operator.index(value)
+    except TypeError: raise InputError(f"{name} is {value!r}. It must be a whole number.") from None
+
 def make_coding(
     tokenizer, # From `make_tokenizer`
     max_length: int | None, # As for `read_corpus`
@@ -751,10 +760,8 @@ def make_coding(
 ) -> tuple[Coding, str]: # And its fingerprint
     "What `encode_line` needs; raises `InputError` for impossible settings."
     if long not in LONG: raise InputError(f"long is {long!r}. Choose {', '.join(LONG[:-1])} or {LONG[-1]}.")
-    if max_length is not None and not hasattr(max_length, "__index__"):
-        raise InputError(f"max_length is {max_length!r}. It must be a whole number.")
+    max_length = None if max_length is None else whole_number(max_length, "max_length")
     if max_length is not None and max_length < 2: raise InputError(f"max_length is {max_length}. A sequence has at least 2 tokens.")
-    max_length = None if max_length is None else operator.index(max_length)
     classes = None if classes is None else [c if isinstance(c, str) else label_name(c) for c in classes]
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     coding = Coding(tokenizer.get_vocab(), **special, max_length=max_length, long=long, classes=classes)
@@ -786,6 +793,8 @@ def split_corpus(
 ) -> Split:
     "Splits by sequence; raises `InputError` where there is too little to split."
     from sklearn.model_selection import train_test_split
+    if by not in ("sample", "content"): raise InputError(f"by is {by!r}. Choose sample or content.")
+    seed = whole_number(seed, "seed")
     columns = dataset.select_columns(["begins", "label", "digest"]).with_format("arrow")[:] # numbers only, so that ten million are no matter
     begins = beginnings(columns)
     count = begins.sum()
@@ -890,11 +899,12 @@ def given_split(
 
 # %% ../nbs/01_data.ipynb #e4fb93df
 def class_names(
-    labels, # Texts
+    labels, # Texts, or what `label_name` takes for one
 ) -> list[str]: # Each once: whole numbers by size, before names by alphabet
     "The classes that occur in `labels`; the place in the list is the number of the class."
     number = lambda l: int(l) if l.removeprefix("-").isdecimal() else math.inf
-    return sorted(set(labels), key=lambda l: (number(l), l))
+    names = {label_name(label) for label in set(labels)} - {None}
+    return sorted(names, key=lambda l: (number(l), l))
 
 def collate(
     rows: list[dict], # Rows of a dataset, with `input_ids`, and with `label` for a classifier
@@ -964,7 +974,7 @@ class ByLength(torch.utils.data.Sampler):
         seed: int = 42,
         pool: int = 100, # Batches that are sorted together: the more, the less padding, and the less chance
         multiple: int = 1, # -1 fills the order up to a multiple of this
-    ): self.lengths, self.batch_size, self.seed, self.pool, self.multiple, self.epoch = np.asarray(lengths), batch_size, seed, pool, multiple, 0
+    ): self.lengths, self.batch_size, self.seed, self.pool, self.multiple, self.epoch = np.asarray(lengths), batch_size, int(seed), pool, multiple, 0
 
     def set_epoch(self, epoch): self.epoch = epoch
     def __len__(self): return len(self.lengths) + -len(self.lengths) % self.multiple
