@@ -281,6 +281,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'seqgpt.data.unframed': ('data.html#unframed', 'seqgpt/data.py'),
                              'seqgpt.data.whole': ('data.html#whole', 'seqgpt/data.py'),
                              'seqgpt.data.whole_id': ('data.html#whole_id', 'seqgpt/data.py'),
+                             'seqgpt.data.whole_number': ('data.html#whole_number', 'seqgpt/data.py'),
                              'seqgpt.data.write_arrow': ('data.html#write_arrow', 'seqgpt/data.py'),
                              'seqgpt.data.write_corpus': ('data.html#write_corpus', 'seqgpt/data.py'),
                              'seqgpt.data.write_labelled': ('data.html#write_labelled', 'seqgpt/data.py'),

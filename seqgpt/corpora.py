@@ -20,7 +20,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from .config import user_path
-from .data import corpus_files, label_symbols, read_lines, write_corpus, written_whole
+from .data import corpus_files, label_symbols, read_lines, whole_number, write_corpus, written_whole
 from .tokenizer import InputError, read_json, read_vocab
 
 # %% ../nbs/02_corpora.ipynb #2f8db0cb
@@ -41,7 +41,7 @@ def quantize(
     grey_levels: int = 2, # How many to keep, 2 to 17
 ) -> np.ndarray: # Whole numbers 0 to grey_levels-1, same shape
     "Rounds grey down to `grey_levels` levels of equal width."
-    return np.clip(np.floor(images * grey_levels / 16), 0, grey_levels - 1).astype(int)
+    return np.clip(np.floor(np.asarray(images) * grey_levels / 16), 0, grey_levels - 1).astype(int)
 
 # %% ../nbs/02_corpora.ipynb #50b581c1
 def plot_images(
@@ -94,7 +94,7 @@ def to_images(
     vocab: dict[str, int], # Of a digits corpus
 ) -> np.ndarray: # (sequences, n, n), 0 (paper) to 1 (ink), NaN where no symbol stands
     "Paints sequences of a digits corpus; raises `InputError` where `vocab` is of another kind."
-    shape = digits_shape(vocab)
+    sequences, shape = list(sequences), digits_shape(vocab)
     if shape is None: raise InputError("The vocabulary is not one of a digits corpus, so its sequences are not pictures.")
     n, levels = shape
     symbols = np.array(list(digit_vocab(n, levels))[4:])
@@ -111,6 +111,7 @@ def write_digits(
     grey_levels: int = 2, # Levels of grey, 2 to 17
 ) -> Path: # `folder`
     "Writes the handwritten digits as a corpus; raises `InputError` for impossible sizes, or where a corpus is in the way."
+    image_size, grey_levels = whole_number(image_size, "image_size"), whole_number(grey_levels, "grey_levels")
     if not 4 <= image_size <= 64: raise InputError(f"image_size is {image_size}. Choose 4 to 64 pixels; the originals have 8.")
     if not 2 <= grey_levels <= 17: raise InputError(f"grey_levels is {grey_levels}. Choose 2 to 17; 17 are all there are.")
     images, labels = digit_images(image_size)
@@ -260,6 +261,8 @@ def make_markov(
     seed: int = 0, # Of the random tables
 ) -> MarkovSource:
     "A source with random tables; raises `InputError` for impossible sizes."
+    sizes = dict(order=order, branching=branching, symbols=symbols, classes=classes, min_length=min_length, max_length=max_length, seed=seed)
+    order, branching, symbols, classes, min_length, max_length, seed = (whole_number(v, name) for name, v in sizes.items())
     for name, value, fine, rule in (
             ("order", order, order in (1, 2), "be 1 or 2"), ("symbols", symbols, 2 <= symbols <= 20_000, "lie between 2 and 20,000"), ("classes", classes, 1 <= classes <= 10_000, "lie between 1 and 10,000"),
             ("branching", branching, order <= branching <= symbols, f"lie between {order} (with order {order}) and the {symbols} symbols"), ("difference", difference, 0 <= difference <= 1, "lie between 0 and 1"),
@@ -279,7 +282,7 @@ def limits(
     labels: list[int], # Their classes
 ) -> dict: # `perplexity` and `accuracy` of one who must infer the class and of one who is told; `classification`: share of classes inferred rightly
     "The scores of the best possible predictors on `sequences`."
-    found = {"class inferred": [], "class told": []}
+    labels, found = [int(label) for label in labels], {"class inferred": [], "class told": []}
     for tokens, label in zip(tqdm(sequences, desc="Best possible scores", unit="sequence", delay=2, leave=False), labels):
         for sums, told in zip(found.values(), (None, label)): sums.append([(s.sum(), len(s)) for s in source.scores(tokens, told)])
     total = {name: np.array(sums).sum(0) for name, sums in found.items()} # ((nats, tokens), (right, tokens))
@@ -333,6 +336,7 @@ def write_markov(
     seed: int = 0, # Of the sequences
 ) -> tuple[list[list[str]], list[int]]: # The sequences and their classes
     "Writes a corpus drawn from `source`, and `source.json`; raises `InputError` where a corpus is in the way."
+    num_sequences = whole_number(num_sequences, "num_sequences")
     if num_sequences < 1: raise InputError(f"num_sequences is {num_sequences}. It must be at least 1.")
     if num_sequences*source.max_length > 2**30: raise InputError(f"num_sequences ({num_sequences}) of up to max_length ({source.max_length}) tokens are more than 2**30 tokens, too many to draw at once. Lower one of them.")
     folder = user_path(folder)

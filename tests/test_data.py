@@ -19,6 +19,7 @@ from conftest import NOTES, TINY, VOCAB, refused, seqgpt, write_lines
 from matplotlib.colors import to_hex
 
 from seqgpt import data
+from seqgpt.corpora import make_markov, write_digits, write_markov
 from seqgpt.data import CELL_COLOURS, collate, corpus_files, find_vocab, frame, given_split, plot_batch, read_corpus, split_corpus, stream_corpus, write_corpus
 from seqgpt.tokenizer import InputError, make_tokenizer
 
@@ -291,6 +292,17 @@ def test_paths_begin_at_home_and_settings_may_be_of_numpy(tmp_path, monkeypatch)
     assert (tmp_path/"cache").is_dir() and corpus.report["max_length"] == 4 and corpus.report["fingerprint"] == read_corpus(tmp_path/"c", make_tokenizer(V), 4, classes=["0", "1"], cache_dir="~/cache").report["fingerprint"]
     with pytest.raises(InputError, match="max_length is 4.5. It must be a whole number"): read_corpus("~/c", make_tokenizer(V), 4.5)
     with pytest.raises(InputError, match="given as list"): read_corpus(["~/c"], make_tokenizer(V))
+
+
+def test_sizes_of_numpy_make_the_same_corpora(tmp_path):
+    sizes = dict(symbols=6, branching=2, classes=2, min_length=3, max_length=7, seed=1)
+    for name, number in {"python": int, "numpy": np.int64, "floats": float}.items():
+        write_markov(tmp_path/name/"markov", make_markov(**{k: number(v) for k, v in sizes.items()}), number(9), 2)
+        write_digits(tmp_path/name/"digits", number(4), number(2))
+    files = lambda name: {str(p.relative_to(tmp_path/name)): p.read_bytes() for p in (tmp_path/name).rglob("*.json*")}
+    assert files("python") == files("numpy") == files("floats") and len(files("python")) == 5
+    with pytest.raises(InputError, match="image_size is '8'. It must be a whole number"): write_digits(tmp_path/"d", "8")
+    with pytest.raises(InputError, match="symbols is 2.5. It must be a whole number"): make_markov(symbols=2.5)
 
 
 @pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor], ids=lambda make: make.__name__)
