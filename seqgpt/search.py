@@ -36,7 +36,7 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 from transformers import GPT2Config, TrainerCallback
 
-from .config import literal, plain
+from .config import counted, literal, plain
 from .data import remove, sweep, write_lines, written_whole
 from .model import make_config
 from .tokenizer import InputError, html_table, read_json
@@ -396,7 +396,8 @@ def search(
     prune: bool = True, # Stop trials that lag behind
 ) -> Search:
     "Searches for the settings with the lowest validation loss; raises `InputError` before anything is written, `Interrupted` later."
-    space, out = space or SPACE, Path(config.output_dir)
+    space, trials, prune = plain([space or SPACE, trials, prune])
+    out = Path(config.output_dir)
     config = start_from(config)
     check_config(config)
     if trials < 1: raise InputError(f"trials is {trials}. It must be at least 1.")
@@ -414,9 +415,9 @@ def search(
             with written_whole(out/"config.yaml") as part: part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         tqdm.write(f"{corpus}\n{split}")
         keep_best(study, out)
-        if (done := len(done_trials(study))) >= trials: tqdm.write(f"{out}: {done} trials are done already. To go on, raise --trials.")
+        if (done := len(done_trials(study))) >= trials: tqdm.write(f"{out}: {counted(done, 'trial')} done already. To go on, raise --trials.")
         try: run_study(study, config, where, trials, prune)
         except KeyboardInterrupt: raise Interrupted(f"Stopped after {len(done_trials(study))} of {trials} trials; all is saved. Go on with: {search_command(out)}") from None
         finally: found = write_search(study, config, space)
-        if not found.ranking: raise InputError(f"{out}: none of the {len(found.trials)} trials could be trained to the end. The last: {found.trials[-1].get('failed', 'stopped')}\nSearch elsewhere, with --overwrite or another --output_dir.")
+        if not found.ranking: raise InputError(f"{out}: of {counted(len(found.trials), 'trial')}, none could be trained to the end. The last: {found.trials[-1].get('failed', 'stopped')}\nSearch elsewhere, with --overwrite or another --output_dir.")
         return found

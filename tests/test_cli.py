@@ -403,6 +403,8 @@ def test_of_two_files_the_later_one_wins_and_fields_of_the_model_add_up(corpus, 
 
 def test_settings_from_numpy_pytorch_and_pathlib(tmp_path):
     from seqgpt.config import Config, read_config
+    from seqgpt.corpora import make_markov, write_markov
+    from seqgpt.search import read_range
     from seqgpt.training import write_config
     odd = Config(data_path=tmp_path/"d", output_dir=tmp_path/"o", max_length=np.int64(16), n_layer=torch.tensor(1), resume=np.bool_(True), learning_rate=np.float32(0.25),
                  weight_decay=np.float64(0.5), num_epochs=np.int32(2), precision=np.str_("fp32"), model={"n_inner": np.int64(24), "resid_pdrop": np.float32(0.5)})
@@ -412,6 +414,11 @@ def test_settings_from_numpy_pytorch_and_pathlib(tmp_path):
     assert odd == own and types(odd) == types(own)
     write_config(odd, tmp_path/"odd.yaml")
     assert yaml.safe_load((tmp_path/"odd.yaml").read_text())["model"] == own.model and read_config(tmp_path/"odd.yaml").n_layer == 1
+    assert read_range("n_layer", np.array([2, 4])) == read_range("n_layer", (2, 4)) == read_range("n_layer", [2, 4])
+    numbers = dict(symbols=4, branching=2, classes=1, min_length=4, max_length=6)
+    write_markov(tmp_path/"a", make_markov(**numbers), 2)
+    write_markov(tmp_path/"b", make_markov(**{name: np.int64(n) for name, n in numbers.items()}), np.int64(2))
+    assert (tmp_path/"a/source.json").read_text() == (tmp_path/"b/source.json").read_text()
     for wrong in (dict(n_layer=np.float64(1.5)), dict(n_layer=np.bool_(True)), dict(resume=np.int64(1)), dict(n_layer=np.array([1, 2])), dict(task=tmp_path)):
         with pytest.raises(InputError, match=f"{next(iter(wrong))} is"): Config(**wrong)
 

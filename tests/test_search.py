@@ -144,7 +144,7 @@ def test_trials_fail_with_a_reason_and_the_search_goes_on(base, monkeypatch, cap
     found = S.search(S.replace(base, output_dir="m"), {"learning_rate": [1e-3, 2e-3, 4e-3]}, 3)
     reasons = {t["settings"]["learning_rate"]: t.get("failed") for t in found.trials}
     assert reasons == {1e-3: None, 2e-3: "CUDA out of memory. Tried to allocate 2 GiB", 4e-3: "The loss is nan: training has diverged."}
-    with pytest.raises(InputError, match="none of the 1 trials could be trained"): S.search(S.replace(base, output_dir="n"), {"learning_rate": [2e-3]}, 3)
+    with pytest.raises(InputError, match="of 1 trial, none could be trained"): S.search(S.replace(base, output_dir="n"), {"learning_rate": [2e-3]}, 3)
     monkeypatch.setattr(S, "train", lambda *_: {}["a fault of ours"])
     with pytest.raises(KeyError): S.search(S.replace(base, output_dir="f"), {"learning_rate": [2e-3]}, 3)
 
