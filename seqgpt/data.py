@@ -131,7 +131,7 @@ def corpus_files(
     "The files of a corpus at `data_path`, sorted; raises `InputError` where there are none."
     path = Path(data_path)
     if os.path.isfile(path): return [path]
-    if not os.path.isdir(path): raise InputError(f"{path}: no such file or folder, seen from {Path.cwd()}. Check --data_path (or --prompt_file).")
+    if not os.path.isdir(path): raise InputError(f"{path}: no such file or folder, seen from {Path.cwd()}. Check the path.")
     files = sorted(p for p in path.iterdir() if p.name.endswith(ENDINGS))
     for p in files:
         if not p.is_file(): raise InputError(f"{p}: is no regular file, but a folder, a pipe, a device or a broken link. Mend it, or move it away.")
@@ -987,6 +987,7 @@ def write_labelled(
     vocab_path: str | Path | None = None, # Default: vocab.json beside the data
     unlabelled_share: float = 0.1, # Share of the sequences that get no label symbol
     seed: int = 0, # Of the choice of these
+    skip_bad_lines: bool = False, # Go on without lines that cannot be used, and say how many
 ) -> Path: # `folder`
     "Writes a corpus again with the label of each sequence in front of it as a symbol; raises `InputError` where that cannot be."
     if not 0 <= unlabelled_share < 1: raise InputError(f"unlabelled_share is {unlabelled_share}. It must be 0 or more, and less than 1.")
@@ -994,7 +995,9 @@ def write_labelled(
     tokenizer = make_tokenizer(path := find_vocab(data_path, vocab_path))
     vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
     if there := label_symbols(vocab): raise InputError(f"{path}: has symbols of labels already, {there[0]!r} first. Name the corpus without them.")
-    rows = read_corpus(data_path, tokenizer, LONGEST, classes=[]).dataset
+    corpus = read_corpus(data_path, tokenizer, LONGEST, skip_bad_lines=skip_bad_lines, classes=[])
+    if corpus.report["skipped"]: tqdm.write(str(corpus))
+    rows = corpus.dataset
     for label in rows.unique("label"):
         if problem := symbol_problem(LABEL + label): raise InputError(f"{data_path}: label {label!r} {problem}, so it can be no symbol. Rename it.")
     without = np.random.default_rng(seed).random(len(rows)) < unlabelled_share
