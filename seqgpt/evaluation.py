@@ -38,6 +38,8 @@ def token_scores(
     batch: dict[str, torch.Tensor], # From `collate`
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # Loss in nats, NaN where nothing counts; whether the guess was right; confidence. Each (batch, length-1)
     "How well each token but the first is predicted."
+    tokens, most = batch["input_ids"].shape[1], model.config.n_positions
+    if tokens > most: raise InputError(f"A sequence has {tokens:,} tokens, but the model has {most:,} positions.")
     batch = {name: t.to(model.device) for name, t in batch.items()}
     truth = batch.pop("labels")[:, 1:]
     with torch.inference_mode(): logits = model(**batch).logits[:, :-1].float()
