@@ -37,7 +37,7 @@ def class_logits(
     inputs = {name: t.to(model.device) for name, t in batch.items() if name != "labels"}
     if (mask := inputs.get("attention_mask")) is not None: inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.inference_mode(): logits = model(**inputs).logits.float()
-    if not logits.isfinite().all(): raise InputError("The scores of the classes are not finite: the model is damaged, or its training diverged. Take another copy, or train with a lower --learning_rate.")
+    if not logits.isfinite().all(): raise InputError("The scores of the classes are not finite: the model is damaged, or its training diverged. Take another copy, or train again: seqgpt train with a lower --learning_rate.")
     return logits
 
 # %% ../nbs/07_classification.ipynb #4ebeaeff

@@ -159,7 +159,7 @@ def corpus_labelled(
     vocab_path: VocabPath | None = None, # Default: vocab.json beside the data
     unlabelled_share: float = 0.1, # Share of the sequences that get no label, so that the model also knows how these go, which infer --guidance needs
     seed: int = 0, # Of the choice of these
-    skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used
+    skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used, and say how many
 ):
     "Writes a corpus again with the label of each sequence in front of it as a symbol, so that a model can be asked for it."
     from seqgpt.data import LABEL, label_symbols, read_lines, write_labelled
@@ -487,6 +487,7 @@ def export(
     out_dir: OutputPath | None = None, # Folder to write; default: `onnx` in the folder of the model, where an earlier export is written anew
     data_path: DataPath | None = None, # Sequences to measure the quality on; default: the validation set of the training
     cache_dir: OutputPath | None = None, # Where encoded data is kept; default: beside the cache of Hugging Face datasets
+    skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used
 ):
     "Writes a trained model as ONNX, in 32, 16 and 8 bits, with what is needed to use it without PyTorch; and measures each file beside PyTorch."
     from seqgpt.export import export_folder
@@ -496,7 +497,7 @@ def export(
     there = {*os.listdir(out)} if out.is_dir() else {out.name} if out.exists() else set()
     if out_dir is None and (out/"export.json").is_file(): there -= {*read_json(out/"export.json").get("written", [])} # an earlier export, and nothing else
     if there: raise InputError(f"{out}: is there already, and holds {min(there)!r}. Choose another --out_dir, or move it away.")
-    print(export_folder(model_path, out, data_path, cache_dir))
+    print(export_folder(model_path, out, data_path, cache_dir, skip_bad_lines))
     print(f"Wrote {out}; README.md there says what each file is for.")
 
 # %% ../nbs/10_cli.ipynb #81cff06e
@@ -634,7 +635,7 @@ def explain(
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|could not create a primitive", str(error)): return f"out of memory. {LESS.get(verb, 'Close other programs, or make it smaller.')}"
     if getattr(error, "errno", None) in PATHS: return f"{error.filename}: {error.strerror}. Choose another place."
     if getattr(error, "errno", None) in FULL:
-        return f"{error.filename or 'writing'}: {error.strerror}. What was there before is whole.\nMake room and repeat the command; an interrupted training goes on with --resume."
+        return f"{error.filename or 'writing'}: {error.strerror}. What was there before is whole.\nMake room and repeat the command; an interrupted training goes on with seqgpt train --resume."
     return f"{name}: {' '.join(str(error).split())[:300]}\nSEQGPT_TRACEBACK=1 in the environment shows where this came from."
 
 # %% ../nbs/10_cli.ipynb #1ecba5db

@@ -376,13 +376,14 @@ def export_folder(
     out_dir: str | Path, # Folder to write; what stands there is replaced
     data_path: str | Path | None = None, # Sequences to measure quality on; default: the validation set of the training
     cache_dir: str | None = None, # Where encoded data is kept
+    skip_bad_lines: bool = False, # Go on without lines of `data_path` that cannot be used
 ) -> Exported:
     "Writes a model as ONNX in all forms, each measured; raises `InputError` where there is no model or no such data, `RuntimeError` where ONNX Runtime gives other numbers than PyTorch."
     model_path = user_path(model_path)
     task = task_of(model_path)
     model, tokenizer = load_model(model_path, task), load_tokenizer(model_path)
     number = model.config.label2id if task == "classification" else None
-    try: data = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, classes=number and list(number), cache_dir=cache_dir)[0]
+    try: data = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, classes=number and list(number), cache_dir=cache_dir)[0]
     except InputError as e:
         if data_path: raise
         data = tqdm.write(f"{e}\nGoing on without a measure of quality.")

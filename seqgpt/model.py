@@ -208,7 +208,7 @@ def check_task(
     weights: str = "model.safetensors", # Likewise
 ):
     "Raises `InputError` where the model saved in `folder` does something else."
-    if (is_for := task_of(folder, weights)) != task: raise InputError(f"{folder}: holds a {KINDS[is_for]}, not a {KINDS[task]}. {'Ask it with --mode classify; serve it as --classifier_path.' if task == 'clm' else f'Train one from it: seqgpt train --task classification --init_from {folder}' if weights == 'model.safetensors' else 'Export a classifier.'}")
+    if (is_for := task_of(folder, weights)) != task: raise InputError(f"{folder}: holds a {KINDS[is_for]}, not a {KINDS[task]}. {'Ask it with seqgpt infer --mode classify; serve it with seqgpt serve --classifier_path.' if task == 'clm' else f'Train one from it: seqgpt train --task classification --init_from {folder}' if weights == 'model.safetensors' else 'Export a classifier.'}")
 
 def load_model(
     folder: str | Path, # As for `saved_config`

@@ -1,6 +1,8 @@
 "The installed command, as a user types it."
+import ast
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -563,3 +565,58 @@ def test_scripts_under_their_original_names(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     run("inference.py", "--model_path outputs/best_model --mode generate --max_new_tokens 5")
     assert capsys.readouterr().out.startswith("r")
+
+
+# --- messages
+
+def definitions():
+    "For each function and class of the package: those that it names, and the texts in it that name a flag."
+    found, definition = {}, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for path in (ROOT/"seqgpt").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        taken = lambda nodes: {a.asname or a.name: (n.module.removeprefix("seqgpt."), a.name) for n in nodes
+                               if isinstance(n, ast.ImportFrom) and n.module and (n.level or n.module.startswith("seqgpt.")) for a in n.names}
+        known = {n.name: (path.stem, n.name) for n in tree.body if isinstance(n, definition)} | taken(tree.body)
+        for body in tree.body:
+            if not isinstance(body, definition): continue
+            nodes = [*ast.walk(body)]
+            names = known | taken(nodes)
+            joined = {id(part) for n in nodes if isinstance(n, ast.JoinedStr) for part in n.values}
+            texts = ["".join(part.value for part in n.values if isinstance(part, ast.Constant)) for n in nodes if isinstance(n, ast.JoinedStr)]
+            texts += [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in joined]
+            found[path.stem, body.name] = {names[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in names}, [t for t in texts if re.search(r"--[a-z]", t)]
+    return found
+
+
+def reached(found, start, passed):
+    "All that `start` calls, and so on, without what is in `passed`."
+    seen, left = set(), [*start]
+    while left:
+        one = left.pop()
+        if one in seen or one in passed or one not in found: continue
+        seen.add(one)
+        left += found[one][0]
+    return seen
+
+
+def test_every_flag_that_a_message_names_is_one_of_the_verb_that_says_it():
+    "Or the message names the verb that has it, as in `seqgpt train --learning_rate`."
+    from seqgpt.cli import LESS, VERBS
+    from seqgpt.training import Config
+    cli, found = importlib.import_module("seqgpt.cli"), definitions()
+    starts = {verb: {"train": "train_command"}.get(verb, verb.replace(" ", "_")) for verb in VERBS if verb != "bench"}
+    more = {"train": [Config], "search": [Config], "corpus markov": [importlib.import_module("seqgpt.corpora").make_markov]}
+    flags = {verb: {"config"}.union(*(inspect.signature(t).parameters for t in [getattr(cli, name), *more.get(verb, [])])) for verb, name in starts.items()}
+    others = {"logdir", "nnodes", "nproc_per_node", "fsdp_version"} # of TensorBoard, torchrun and Accelerate
+    quoted = {("training", "load_data"), ("training", "check_config")} # what is wrong with the settings of a training; `training_split` says so
+    with_path = {"train", "search", "corpus labelled"} # where a vocabulary is read from a file that the user names
+    wrong, walked = [], set()
+    for verb, name in starts.items():
+        passed = set() if verb in ("train", "search") else quoted
+        if verb not in with_path: passed = passed | {("tokenizer", "read_vocab")}
+        for place in reached(found, [("cli", name), ("cli", "explain")], passed):
+            for text in found[place][1] + [LESS.get(verb, "")]*(place == ("cli", "explain")):
+                fine = flags[verb].union(others, *(flags.get(named, ()) for named in re.findall(r"seqgpt ((?:corpus )?[a-z]+)", text)))
+                walked |= {(place, text)}
+                wrong += [(verb, place, flag, text) for flag in re.findall(r"--([a-z]\w*)", text) if flag not in fine]
+    assert not wrong and len(walked) > 60, wrong

@@ -1,9 +1,10 @@
 "Generation against Transformers' own `generate`: the same tokens, greedy and with the same dice."
 import pytest
 import torch
+from datasets import Dataset
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
 
-from seqgpt.evaluation import score_sequences
+from seqgpt.evaluation import evaluate, score_sequences
 from seqgpt.inference import (
     Decoder, chooser, encode_prompt, encode_sequence, generate, next_tokens, one_character_each, split_symbols, stream,
 )
@@ -184,6 +185,7 @@ def test_scores_are_those_of_transformers_and_symbols_are_checked():
     for given, says in ((["C1 c1"], "Symbol 2 of sequence 1, 'c1', is not in the vocabulary"), (["C1", ["C1", "<eos>", "D1"]], "Symbol 2 of sequence 2, '<eos>', cannot stand there"),
                         (["C1"]*9 + [["C1"]*139], "Sequence 10 has 141 tokens, <bos> and <eos> included, but the model has 140 positions"), ("C1 D1", "Give a list of sequences")):
         with pytest.raises(InputError, match=says): score_sequences(model, TOKENIZER, given)
+    with pytest.raises(InputError, match="A sequence has 141 tokens, but the model has 140"): evaluate(model, TOKENIZER, Dataset.from_list([{"input_ids": [4]*141, "label": None}]))
     with pytest.raises(InputError, match="Give a list of prompts"): generate(model, TOKENIZER, "C1 D1")
     with pytest.raises(InputError, match="holds 4"): generate(model, TOKENIZER, [[4, 5]])
 
