@@ -588,7 +588,8 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as e:
-        if str(e) or os.environ.get("LOCAL_RANK", "0") == "0": print(f"\n{str(e) or 'Interrupted.'}", file=sys.stderr)
+        with contextlib.suppress(OSError): # a terminal that was closed
+            if str(e) or os.environ.get("LOCAL_RANK", "0") == "0": print(f"\n{str(e) or 'Interrupted.'}", file=sys.stderr)
         return 130
     except Exception as e:
         if os.environ.get("SEQGPT_TRACEBACK"): raise
