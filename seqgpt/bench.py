@@ -41,13 +41,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .cli import preset
 from .config import OutputPath, counted, user_path
 from .corpora import load_source, make_markov, write_digits, write_markov
-from .data import Corpus, read_corpus, written_whole
+from .data import Corpus, read_corpus, tqdm, written_whole
 from .evaluation import evaluate, source_scores
 from .inference import generate
 from .model import exact_loss, keep_memory, make_config, new_model, quicken

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from scipy.special import log_softmax, softmax
-from tqdm.auto import tqdm
 
 from .corpora import MarkovSource, credit, digits_shape, to_images
-from .data import collate, unframed
+from .data import collate, tqdm, unframed
 from .evaluation import calibration_error, confidence_bins, evaluation_data, interval, name_ticks, plot_calibration, short_name, token_scores
 from .inference import encode_prompt, encode_sequences
-from .model import load_model
-from .tokenizer import InputError, html_table, load_tokenizer
+from .model import load_folder
+from .tokenizer import InputError, html_table
 from .training import macro_f1
 
 # %% ../nbs/07_classification.ipynb #7515f84f
@@ -216,7 +215,7 @@ def evaluate_classifier(
     cache_dir: str | None = None, # Where encoded data is kept, see `read_corpus`
 ) -> ClassEvaluation:
     "Evaluates a trained classifier; raises `InputError` where model or data are missing or do not fit."
-    model, tokenizer = load_model(model_path, "classification"), load_tokenizer(model_path)
+    model, tokenizer = load_folder(model_path, "classification")
     if torch.cuda.is_available(): model.cuda()
     number = model.config.label2id
     dataset, train, source = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, list(number), cache_dir)

@@ -6,7 +6,8 @@
 __all__ = ['USUAL', 'VERBS', 'PATHS', 'FULL', 'EXTRAS', 'LESS', 'parser_for', 'plain_message', 'nearest', 'in_order', 'on_lines',
            'corpus_digits', 'corpus_markov', 'corpus_labelled', 'measures', 'give_data', 'train_command', 'show_run',
            'write_samples', 'evaluate', 'open_model', 'read_sequences', 'read_sequence', 'infer', 'print_labels',
-           'interact', 'export', 'serve', 'search', 'usage', 'preset', 'settings_file', 'run_verb', 'explain', 'main']
+           'interact', 'export', 'serve', 'search', 'usage', 'preset', 'settings_file', 'run_verb', 'explain',
+           'stop_on_signals', 'main']
 
 # %% ../nbs/10_cli.ipynb #364a1381
 import contextlib
@@ -225,8 +226,7 @@ def show_run(
     from seqgpt.data import label_symbols
     from seqgpt.evaluation import write_evaluation
     from seqgpt.inference import generate
-    from seqgpt.model import load_model
-    from seqgpt.tokenizer import load_tokenizer
+    from seqgpt.model import load_folder
     from seqgpt.training import save_curves
     best, (measure, plot) = run.output_dir/"best_model", measures(config.task)
     evaluation = measure(best, cache_dir=config.cache_dir)
@@ -236,7 +236,7 @@ def show_run(
     left = f"{run.output_dir}: best_model, final_model, training_curves.png; curves in detail: tensorboard --logdir {run.output_dir/'runs'}"
     if config.task == "classification": return print(left)
     if evaluation.metrics["perplexity"] > evaluation.baselines["uniform"]["perplexity"]: print("That is worse than guessing. Train for longer, or with another --learning_rate.\n")
-    model, tokenizer = load_model(best), load_tokenizer(best)
+    model, tokenizer = load_folder(best)
     longest = evaluation.scores.by_position.shape[1] # in the data; a model that has not learned to stop would go on and on
     asked = [[s] for s in label_symbols(tokenizer.get_vocab())[:10]] # ten of each
     print(write_samples(generate(model, tokenizer, asked or [""], num_samples=10 if asked else 40, max_new_tokens=longest, top_p=0.9, seed=config.seed), tokenizer, run.output_dir))
@@ -284,12 +284,14 @@ def evaluate(
     "Measures a trained model on every token, or a classifier on every sequence, beside simple ones and the best possible, and looks at what a language model draws."
     from seqgpt.evaluation import write_evaluation
     from seqgpt.model import task_of
+    from seqgpt.training import model_stays
     out = Path(out_dir or Path(model_path)/(f"evaluation_{Path(data_path).stem}" if data_path else "evaluation"))
     if link := next((p for p in (out, out/"metrics.json", out/"evaluation.png") if not out_dir and p.is_symlink()), None): raise InputError(f"{link}: is a link, and could lead anywhere. Choose an --out_dir.")
     if (out_dir or data_path) and (out/"metrics.json").exists(): raise InputError(f"{out}/metrics.json: is there already. Choose another --out_dir, or move it away.")
     measure, plot = measures(task := task_of(model_path))
-    evaluation = measure(model_path, data_path, batch_size, skip_bad_lines, cache_dir=cache_dir, **({"num_samples": num_samples, "seed": seed} if task == "clm" else {}))
-    print(evaluation)
+    with model_stays(out):
+        evaluation = measure(model_path, data_path, batch_size, skip_bad_lines, cache_dir=cache_dir, **({"num_samples": num_samples, "seed": seed} if task == "clm" else {}))
+        print(evaluation)
     write_evaluation(evaluation, out, plot)
     print(f"Wrote {out}/metrics.json and evaluation.png.")
 
@@ -306,8 +308,8 @@ def open_model(
     if runtime == "onnx":
         from seqgpt.export import OnnxModel
         return (model := OnnxModel(path, task)), load_tokenizer(model.file.parent)
-    from seqgpt.model import load_model
-    return load_model(path, task), load_tokenizer(path)
+    from seqgpt.model import load_folder
+    return load_folder(path, task)
 
 # %% ../nbs/10_cli.ipynb #153a034c
 def read_sequences(
@@ -386,6 +388,7 @@ def infer(
 ):
     "Asks a trained model what comes next, or a classifier which label."
     from seqgpt.inference import Sample, generate
+    from seqgpt.training import model_stays
     classify = mode == "classify"
     model, tokenizer = open_model(model_path, "classification" if classify else "clm", runtime)
     if top < 1: raise InputError(f"top is {top}. It must be at least 1.")
@@ -398,6 +401,8 @@ def infer(
     if num_prompts is not None and num_prompts < 1: raise InputError(f"num_prompts is {num_prompts}. It must be at least 1.")
     written = f"{out_dir}/{'predictions' if classify else 'samples'}.jsonl"
     if out_dir and Path(written).exists(): raise InputError(f"{written}: is there already. Choose another --out_dir, or move it away.")
+    if out_dir:
+        with model_stays(written): pass
     whole, fields = [], [{}]
     if prompt_file or num_prompts:
         most = num_prompts or (None if classify else 6)
@@ -639,6 +644,13 @@ def explain(
     return f"{name}: {' '.join(str(error).split())[:300]}\nSEQGPT_TRACEBACK=1 in the environment shows where this came from."
 
 # %% ../nbs/10_cli.ipynb #1ecba5db
+def stop_on_signals() -> dict: # Signal to what was done at it before
+    "Has SIGTERM do what Ctrl-C does, so that what is half written is removed, and SIGHUP and SIGUSR1 do what SIGTERM does; what is ignored stays so (`nohup`)."
+    def terminate(*_): signal.raise_signal(signal.SIGTERM) # a training or a server may have its own answer to that by now
+    handlers = {"SIGTERM": signal.default_int_handler, "SIGHUP": terminate, "SIGUSR1": terminate}
+    signals = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)} # Windows has the first only
+    return {s: signal.signal(s, handler) for s, handler in signals.items() if signal.getsignal(s) != signal.SIG_IGN}
+
 def main(
     argv: list[str] | None = None, # What stands behind `seqgpt`; default: the command line
 ) -> int: # Exit code
@@ -658,7 +670,7 @@ def main(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false") # no warning about forks
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error") # our messages say what a user needs
     main_thread = threading.current_thread() is threading.main_thread() # only there can signals be received
-    terminate = main_thread and signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C: what is half written is removed
+    before = stop_on_signals() if main_thread else {}
     hook, threading.excepthook = threading.excepthook, lambda failed: None if isinstance(failed.exc_value, OSError) else hook(failed) # TensorBoard's own thread: a full disk is said below
     try:
         run_verb(verb, rest)
@@ -669,7 +681,8 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as e:
-        if str(e) or os.environ.get("LOCAL_RANK", "0") == "0": print(f"\n{str(e) or 'Interrupted.'}", file=sys.stderr)
+        with contextlib.suppress(OSError): # a terminal that was closed
+            if str(e) or os.environ.get("LOCAL_RANK", "0") == "0": print(f"\n{str(e) or 'Interrupted.'}", file=sys.stderr)
         return 130
     except Exception as e:
         if os.environ.get("SEQGPT_TRACEBACK"): raise
@@ -678,7 +691,7 @@ def main(
         return 2 if isinstance(e, InputError) or getattr(e, "errno", None) in PATHS else 1
     finally:
         threading.excepthook = hook
-        if terminate: signal.signal(signal.SIGTERM, terminate)
+        for s, handler in before.items(): signal.signal(s, handler or signal.SIG_DFL)
 
 # %% ../nbs/10_cli.ipynb #63a723cd
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main()) # as `python -m seqgpt.cli`, which torchrun needs; not in Jupyter

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VOCAB_REMEDY', 'MODEL_REMEDY', 'OutputPath', 'DataPath', 'VocabPath', 'ModelPath', 'InputError', 'counted',
-           'user_path', 'check_file', 'read_text', 'existing_data', 'existing_vocab', 'existing_model', 'path_check',
+           'user_path', 'check_file', 'read_text', 'existing_data', 'existing_vocab', 'existing_model', 'path_checks',
            'check_paths', 'plain', 'Config', 'literal', 'read_config', 'read_settings', 'PlainYaml']
 
 # %% ../nbs/library/config.ipynb #427b36d0
@@ -98,23 +98,24 @@ DataPath = typing.Annotated[str, existing_data]
 VocabPath = typing.Annotated[str, existing_vocab]
 ModelPath = typing.Annotated[str, existing_model]
 
-def path_check(
-    hint, # The type of a parameter, perhaps one of these, or None
-):
-    "What to call with a path of that type; None where it is not a path."
-    parts = (hint, *typing.get_args(hint))
-    return next((p.__metadata__[0] for p in parts if typing.get_origin(p) is typing.Annotated), None)
+def path_checks(
+    target, # A function or dataclass
+) -> dict: # Name of each parameter that is a path, and what to call with one
+    "Which parameters of `target` are paths."
+    hints = typing.get_type_hints(target, include_extras=True)
+    parts = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
+    return {name: p.__metadata__[0] for name, all_of in parts.items() for p in all_of if typing.get_origin(p) is typing.Annotated}
 
 def check_paths(
     target, # A function or dataclass
     given: dict, # Its parameters and their values; changed in place
 ):
     "Expands all paths that are given; raises `InputError` where one should exist and does not."
-    for name, hint in typing.get_type_hints(target, include_extras=True).items():
-        check = path_check(hint)
-        if not check or not given.get(name): continue
+    for name, check in path_checks(target).items():
+        if not given.get(name): continue
         given[name] = os.path.expanduser(given[name])
-        check(given[name])
+        try: check(given[name])
+        except InputError as e: raise InputError(f"--{name} {e}") from None
 
 # %% ../nbs/library/config.ipynb #2728b2e3
 def plain(
@@ -173,10 +174,10 @@ class Config:
     model: dict = field(default_factory=dict) # Any other field of GPT2Config, such as resid_pdrop: 0.2 in a file, --model.resid_pdrop 0.2 on the command line
 
     def __post_init__(self):
-        kinds, paths = typing.get_type_hints(Config), typing.get_type_hints(Config, include_extras=True)
+        kinds, paths = typing.get_type_hints(Config), path_checks(Config)
         for name, kind in kinds.items():
             value = plain(getattr(self, name))
-            if path_check(paths[name]) and isinstance(value, str | Path): value = os.path.expanduser(value)
+            if name in paths and isinstance(value, str | Path): value = os.path.expanduser(value)
             setattr(self, name, value)
             fits = isinstance(value, float | int if kind is float else kind) and isinstance(value, bool) == (kind is bool)
             if isinstance(value, str | dict): # letters of a text, names of a dict

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from scipy import sparse
-from tqdm.auto import tqdm
 
 from .config import plain, user_path
-from .data import corpus_files, label_symbols, read_lines, whole_number, write_corpus, written_whole
+from .data import corpus_files, label_symbols, read_lines, tqdm, whole_number, write_corpus, written_whole
 from .tokenizer import InputError, read_json, read_vocab
 
 # %% ../nbs/02_corpora.ipynb #2f8db0cb

@@ -8,12 +8,12 @@ __all__ = ['KEYS', 'REMEDIES', 'KINDS', 'ENDINGS', 'LONGEST', 'LONG', 'PIECE', '
            'parse_line', 'sniff', 'text_kind', 'corpus_files', 'files_in', 'Span', 'whole', 'open_parquet',
            'line_range', 'lines_before', 'read_span', 'read_rows', 'read_lines', 'Problems', 'cut', 'fingerprint',
            'Corpus', 'Coding', 'encode_line', 'encode_rows', 'write_arrow', 'as_batch', 'written_whole', 'sync', 'swap',
-           'remove', 'alone', 'sweep', 'cut_files', 'piece_key', 'encode_piece', 'follow', 'encode_files',
-           'read_corpus', 'remedy', 'whole_number', 'make_coding', 'Split', 'split_corpus', 'keep_labels', 'beginnings',
-           'among', 'apart', 'column', 'choose', 'set_aside', 'given_split', 'class_names', 'collate', 'cell_colours',
-           'plot_batch', 'ByLength', 'batches_by_length', 'Stream', 'batched', 'stream_corpus', 'write_lines',
-           'checked_symbols', 'checked_list', 'write_corpus', 'checked_label', 'label_symbols', 'find_vocab',
-           'write_labelled']
+           'remove', 'alone', 'sweep', 'cut_files', 'piece_key', 'encode_piece', 'follow', 'tqdm', 'Nowhere',
+           'encode_files', 'read_corpus', 'remedy', 'whole_number', 'make_coding', 'Split', 'split_corpus',
+           'keep_labels', 'beginnings', 'among', 'apart', 'column', 'choose', 'set_aside', 'given_split', 'class_names',
+           'collate', 'cell_colours', 'plot_batch', 'ByLength', 'batches_by_length', 'Stream', 'batched',
+           'stream_corpus', 'write_lines', 'checked_symbols', 'checked_list', 'write_corpus', 'checked_label',
+           'label_symbols', 'find_vocab', 'write_labelled']
 
 # %% ../nbs/01_data.ipynb #ff493d63
 import array
@@ -30,6 +30,7 @@ import operator
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -50,7 +51,7 @@ from datasets.table import InMemoryTable
 from filelock import FileLock, Timeout
 from joblib import cpu_count
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm as progress_bar
 
 from .config import existing_data, user_path
 from .tokenizer import InputError, make_tokenizer, read_json, read_vocab, symbol_problem, unique, unknown_symbol_hint
@@ -657,6 +658,31 @@ def follow(
         while os.getppid() == pid: time.sleep(0.5)
         os._exit(1)
     if all(t.name != "follow" for t in threading.enumerate()): threading.Thread(target=watch, name="follow", daemon=True).start()
+
+# %% ../nbs/01_data.ipynb #994703e0
+class tqdm(progress_bar):
+    "A progress bar; where the output is no terminal, a plain line now and then. Of several processes, the first one shows it."
+    seconds = 30 # between two plain lines
+    def __init__(self, *args, **kwargs): # As for `tqdm.auto.tqdm`
+        file, self.written = kwargs.get("file") or sys.stderr, time.monotonic()
+        self.log = None if "ipykernel" in sys.modules or file is None or file.isatty() else file
+        if os.environ.get("RANK", "0") != "0": kwargs["disable"] = True
+        if self.log:
+            line = "{desc} {n_fmt}/{total_fmt} ({percentage:.0f} %), {rate_fmt}, {remaining} left{postfix}"
+            own = kwargs.get("bar_format", line).replace("{l_bar}{bar}| ", "")
+            kwargs |= {"desc": kwargs.get("desc", "Step"), "file": Nowhere(), "dynamic_ncols": False, "bar_format": own}
+        super().__init__(*args, **kwargs)
+
+    def display(self, msg=None, *args, **kwargs):
+        if self.log and msg is None and time.monotonic() >= self.written + self.seconds:
+            print(self, file=self.log, flush=True)
+            self.written = time.monotonic()
+        return super().display(msg, *args, **kwargs)
+
+class Nowhere:
+    "A file that forgets what is written to it."
+    def write(self, text): pass
+    def flush(self): pass
 
 # %% ../nbs/01_data.ipynb #43cba48c
 def encode_files(

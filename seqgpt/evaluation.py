@@ -23,15 +23,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from scipy import sparse
-from tqdm.auto import tqdm
 
 from .config import user_path
 from .corpora import MarkovSource, load_source, possible_pairs
-from .data import Split, class_names, collate, given_split, read_corpus, unframed, written_whole
+from .data import Split, class_names, collate, given_split, read_corpus, tqdm, unframed, written_whole
 from .inference import encode_prompt, encode_sequences, generate
-from .model import load_model
-from .tokenizer import InputError, html_table, load_tokenizer, read_json
-from .training import check_config, load_data, read_config
+from .model import load_folder
+from .tokenizer import InputError, html_table, read_json
+from .training import check_config, load_data, model_config
 
 # %% ../nbs/06_evaluation.ipynb #a67748e6
 def token_scores(
@@ -520,7 +519,7 @@ def training_split(
     model_path = user_path(model_path)
     written = model_path.parent/"split.json"
     try:
-        config = replace(read_config(model_path/"config.yaml"), cache_dir=cache_dir)
+        config = replace(model_config(model_path), cache_dir=cache_dir)
         check_config(config)
         corpus, split = load_data(config, tokenizer)
     except InputError as e: raise InputError(f"{e}\nThat is what seqgpt train would say now of the data of this model. {OTHER_DATA}") from e
@@ -542,7 +541,7 @@ def evaluate_folder(
     cache_dir: str | None = None, # Where encoded data is kept, see `read_corpus`
 ) -> Evaluation:
     "Evaluates a trained language model; raises `InputError` where model or data are missing or do not fit."
-    model, tokenizer = load_model(model_path), load_tokenizer(model_path)
+    model, tokenizer = load_folder(model_path, "clm")
     if torch.cuda.is_available(): model.cuda()
     dataset, train, source = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, cache_dir=cache_dir)
     return evaluate(model, tokenizer, dataset, batch_size, train, source, num_samples, seed)
@@ -562,7 +561,7 @@ def evaluation_data(
         if data_path is None: raise
         split = None # without the training data there are no baselines
     if data_path is None:
-        config = read_config(user_path(model_path)/"config.yaml")
+        config = model_config(model_path)
         dataset, path = split.validation, config.validation_path or config.data_path
     else:
         other = read_corpus(data_path, tokenizer, max_length, long="truncate", skip_bad_lines=skip_bad_lines, classes=classes, cache_dir=cache_dir)

@@ -27,18 +27,18 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from tqdm.auto import tqdm
 from transformers import AttentionInterface
 
 import seqgpt
 from .classification import predict
 from .config import MODEL_REMEDY, counted, existing_model, user_path
 from .corpora import digits_shape
-from .data import written_whole
+from .data import tqdm, written_whole
 from .evaluation import evaluate, evaluation_data, rates
 from .inference import Decoder, chooser, decoder_for
-from .model import TASKS, check_task, load_model, saved_config, task_of
+from .model import TASKS, check_task, load_folder, saved_config, task_of
 from .tokenizer import InputError, load_tokenizer, read_json, save_tokenizer
+from .training import model_stays
 
 # %% ../nbs/08_export.ipynb #92ee7566
 @contextlib.contextmanager
@@ -380,32 +380,33 @@ def export_folder(
 ) -> Exported:
     "Writes a model as ONNX in all forms, each measured; raises `InputError` where there is no model or no such data, `RuntimeError` where ONNX Runtime gives other numbers than PyTorch."
     model_path = user_path(model_path)
-    task = task_of(model_path)
-    model, tokenizer = load_model(model_path, task), load_tokenizer(model_path)
-    number = model.config.label2id if task == "classification" else None
-    try: data = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, classes=number and list(number), cache_dir=cache_dir)[0]
-    except InputError as e:
-        if data_path: raise
-        data = tqdm.write(f"{e}\nGoing on without a measure of quality.")
-    with written_whole(out_dir) as part:
-        part.mkdir()
-        save_tokenizer(tokenizer, part)
-        for config in (model.config, getattr(model, "generation_config", None)): config and config.save_pretrained(part) # a classifier has none for generation
-        for name, cache in tqdm(FORMS[task].items(), desc="Exporting", unit="file", leave=False): to_onnx(model, part/f"{name}.onnx", cache)
-        last = [*FORMS[task]][-1] # with its cache in place, where there is one
-        for bits, shrink in {"fp16": halve, "int8": to_int8}.items(): shrink(part/f"{last}.onnx", part/f"{last}_{bits}.onnx")
-        names = [*FORMS[task], *(f"{last}_{bits}" for bits in ("fp16", "int8"))]
-        if task == "clm":
-            shutil.copy(SHIPPED/"generate.py", part)
-            if (part/"fast_int8.onnx").stat().st_size <= LARGEST_PAGE: write_page(part/"fast_int8.onnx", part/"page.html")
-        opened = {model_path/"model.safetensors": model} | {part/f"{n}.onnx": OnnxModel(part/f"{n}.onnx", task) for n in names}
-        rows = Exported({"file": p.name, "bytes": p.stat().st_size} for p in opened)
-        for name, row, m in zip(names, rows[1:], [*opened.values()][1:]):
-            row |= {"cache": m.cache, "difference": difference(model, m)}
-            if name in FORMS[task] and row["difference"] > 1e-4: raise RuntimeError(f"{row['file']} gives other numbers than PyTorch: {row['difference']:.1e} of the largest logit. Nothing was written. Please report this, with the versions of torch, onnxscript and onnxruntime.")
-        measure(rows, list(opened.values()), tokenizer, data, number)
-        (part/"README.md").write_text(export_card(rows, model, tokenizer, task), encoding="utf-8")
-        (part/"export.json").write_text(json.dumps({"opset": OPSET, "files": rows, "written": [*sorted(p.name for p in part.iterdir()), "export.json"]}, indent=1) + "\n")
+    with model_stays(out_dir):
+        model, tokenizer = load_folder(model_path)
+        task, size = task_of(model_path), (model_path/"model.safetensors").stat().st_size
+        number = model.config.label2id if task == "classification" else None
+        try: data = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, classes=number and list(number), cache_dir=cache_dir)[0]
+        except InputError as e:
+            if data_path: raise
+            data = tqdm.write(f"{e}\nGoing on without a measure of quality.")
+        with written_whole(out_dir) as part:
+            part.mkdir()
+            save_tokenizer(tokenizer, part)
+            for config in (model.config, getattr(model, "generation_config", None)): config and config.save_pretrained(part) # a classifier has none for generation
+            for name, cache in tqdm(FORMS[task].items(), desc="Exporting", unit="file", leave=False): to_onnx(model, part/f"{name}.onnx", cache)
+            last = [*FORMS[task]][-1] # with its cache in place, where there is one
+            for bits, shrink in {"fp16": halve, "int8": to_int8}.items(): shrink(part/f"{last}.onnx", part/f"{last}_{bits}.onnx")
+            names = [*FORMS[task], *(f"{last}_{bits}" for bits in ("fp16", "int8"))]
+            if task == "clm":
+                shutil.copy(SHIPPED/"generate.py", part)
+                if (part/"fast_int8.onnx").stat().st_size <= LARGEST_PAGE: write_page(part/"fast_int8.onnx", part/"page.html")
+            models, files = [model, *(OnnxModel(part/f"{n}.onnx", task) for n in names)], [part/f"{n}.onnx" for n in names]
+            rows = Exported([{"file": "model.safetensors", "bytes": size}, *({"file": p.name, "bytes": p.stat().st_size} for p in files)])
+            for name, row, m in zip(names, rows[1:], models[1:]):
+                row |= {"cache": m.cache, "difference": difference(model, m)}
+                if name in FORMS[task] and row["difference"] > 1e-4: raise RuntimeError(f"{row['file']} gives other numbers than PyTorch: {row['difference']:.1e} of the largest logit. Nothing was written. Please report this, with the versions of torch, onnxscript and onnxruntime.")
+            measure(rows, models, tokenizer, data, number)
+            (part/"README.md").write_text(export_card(rows, model, tokenizer, task), encoding="utf-8")
+            (part/"export.json").write_text(json.dumps({"opset": OPSET, "files": rows, "written": [*sorted(p.name for p in part.iterdir()), "export.json"]}, indent=1) + "\n")
     return rows
 
 def export_card(

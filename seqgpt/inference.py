@@ -21,7 +21,6 @@ from itertools import cycle
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 from transformers import (
     DynamicCache, LogitsProcessorList, RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
@@ -29,6 +28,7 @@ from transformers import (
 
 from .config import plain
 from .corpora import digits_shape, plot_images, to_images
+from .data import tqdm
 from .tokenizer import InputError
 
 # %% ../nbs/05_inference.ipynb #0095897b

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS', 'KINDS', 'NEW_ROWS', 'block_shapes', 'label_fields', 'make_config', 'new_model', 'exact_loss',
            'count_parameters', 'causal_attention', 'keep_memory', 'Dropout', 'quicken', 'saved_config', 'task_of',
-           'check_task', 'load_model', 'known_rows', 'take_over', 'learn_in_part', 'merged']
+           'check_task', 'load_model', 'model_version', 'load_folder', 'known_rows', 'take_over', 'learn_in_part',
+           'merged']
 
 # %% ../nbs/03_model.ipynb #36a1d6c6
 import contextlib
@@ -13,6 +14,7 @@ import copy
 import ctypes
 import difflib
 import math
+import os
 import re
 from pathlib import Path
 
@@ -231,6 +233,28 @@ def load_model(
     if wrong := [name for name, t in weights.items() if not t.isfinite().all()]: raise InputError(f"{file}: {len(wrong)} weights are not finite, {wrong[0]} first: it is damaged, or the training diverged. Take another copy.")
     return exact_loss(TASKS[task].from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)).eval()
 
+# %% ../nbs/03_model.ipynb #a3cd8447
+def model_version(
+    folder: str | Path, # Of a model
+) -> tuple | None: # None where there is none
+    "What differs once another model has taken the place of the one in `folder`."
+    try: found = os.stat(user_path(folder)/"model.safetensors")
+    except OSError: return None
+    return found.st_ino, found.st_mtime_ns
+
+def load_folder(
+    folder: str | Path, # As for `saved_config`
+    task: str | None = None, # "clm" or "classification"; None: what the model does
+) -> tuple: # The model, as from `load_model`, and its tokenizer
+    "A model and its tokenizer, which belong together even while a training replaces them; raises `InputError` where there is none that fits."
+    while True:
+        version = model_version(folder)
+        try: found = load_model(folder, task or task_of(folder)), load_tokenizer(folder)
+        except (InputError, OSError):
+            if model_version(folder) == version: raise
+        else:
+            if model_version(folder) == version: return found
+
 # %% ../nbs/03_model.ipynb #017bb169
 def known_rows(
     old, # Tokenizer of a trained model
@@ -257,7 +281,7 @@ def take_over(
     new_symbols: str = "normal", # How symbols begin that it does not know: "normal", as its own are distributed; "mean" of its own; or "random"
 ):
     "Gives `model` the blocks of a trained one, and the rows of its tables that mean the same; the head of a classifier stays as it is."
-    trained, old = load_model(folder, task_of(folder)), load_tokenizer(folder)
+    trained, old = load_folder(folder)
     ids, old_ids = known_rows(old, tokenizer)
     new_ids, ordinary = sorted({*range(len(tokenizer))} - {*ids}), sorted({*range(len(old))} - {*old.all_special_ids})
     weights = trained.state_dict() # with the output head also where it is tied to the embedding

@@ -33,11 +33,10 @@ import yaml
 from accelerate.utils.memory import clear_device_cache
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import TrialState
-from tqdm.auto import tqdm
 from transformers import GPT2Config, TrainerCallback
 
 from .config import counted, literal, plain
-from .data import remove, sweep, write_lines, written_whole
+from .data import remove, sweep, tqdm, write_lines, written_whole
 from .model import make_config
 from .tokenizer import InputError, html_table, read_json
 from .training import Config, Diverged, Finished, Interrupted, OutOfMemory, alone_in, check_config, checkpoints_in, load_data, load_vocab, out_of_memory, start_from, train, write_config

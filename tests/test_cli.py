@@ -53,9 +53,8 @@ def test_outputs_are_complete(trained):
     assert sorted(split["train"] + split["validation"]) == list(range(200)) and len(split["validation"]) == 40
 
 
-def test_progress_bar_and_lines(trained):
-    bar = (trained/"bars.txt").read_text()
-    assert re.search(r"20/20 \[\d\d:\d\d<\d\d:\d\d, .*it/s, loss=", bar) and "{'loss'" not in bar, bar[-2000:]
+def test_a_short_run_leaves_lines_in_a_file_and_no_bar(trained):
+    assert (trained/"bars.txt").read_text() == ""
     assert (trained/"printed.txt").read_text().count("best so far") >= 1
 
 

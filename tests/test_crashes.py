@@ -14,7 +14,9 @@ import torch
 from conftest import NOTES, TINY, write_lines
 from safetensors.torch import load_file, save_file
 
+from seqgpt.cli import main, stop_on_signals
 from seqgpt.model import load_model, task_of
+from seqgpt.training import StopOnSignal
 
 RUN = ["train", "--data_path", "data.jsonl", "--cache_dir", "cache", "--max_length", 12, "--num_epochs", 2, "--eval_steps", 4, "--logging_steps", 3, "--precision", "fp32", *TINY,
        "--batch_size", 8, "--gradient_accumulation_steps", 2]
@@ -204,12 +206,58 @@ def test_stopped_at_any_moment(fresh, whole, sig):
         resume(ask, folder, wanted, *RUN, "--resume")
 
 
-@pytest.mark.parametrize("step", [1, 4, STEPS])
-def test_stopped_at_the_first_step_at_a_validation_and_at_the_last(fresh, whole, step):
+@pytest.mark.parametrize("step, sig", [(1, signal.SIGHUP), (4, signal.SIGUSR1), (STEPS, signal.SIGTERM)])
+def test_stopped_at_the_first_step_at_a_validation_and_at_the_last(fresh, whole, step, sig):
     folder, ask = fresh
-    stopped, = ask(*RUN, step=step, signal=signal.SIGTERM)
+    stopped, = ask(*RUN, step=step, signal=sig)
     assert stopped["code"] == 130 and f"Stopped after step {step} of {STEPS}; all is saved." in stopped["err"]
     resume(ask, folder, whole()[1], *RUN, "--resume")
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_stopped_while_data_is_encoded(fresh, sig):
+    "Before a training listens to signals itself, as in all other commands: what is half written is removed."
+    folder, ask = fresh
+    stopped, = ask(*RUN, event=3, signal=sig)
+    assert stopped["code"] == 130 and stopped["err"] == "\nInterrupted.\n" and not (folder/"outputs").exists(), stopped
+    assert not [p for p in (folder/"cache").rglob("*") if p.suffix != ".lock"]
+
+
+def test_what_is_ignored_stays_ignored():
+    "As SIGHUP after `nohup`; and afterwards all signals do what they did before."
+    signals = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    before = {s: signal.signal(s, signal.SIG_IGN if s == signal.SIGHUP else signal.SIG_DFL) for s in signals}
+    seen = lambda: [signal.getsignal(s) for s in signals]
+    try:
+        with StopOnSignal() as stop: assert seen() == [stop.ask, signal.SIG_IGN, stop.ask]
+        mine = stop_on_signals()
+        assert mine.keys() == {signal.SIGTERM, signal.SIGUSR1} and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for s, handler in mine.items(): signal.signal(s, handler)
+        assert main(["corpus", "markov", "--num_sequences", "0"]) == 2 and seen() == [signal.SIG_DFL, signal.SIG_IGN, signal.SIG_DFL]
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
+
+
+def test_a_closed_terminal_does_not_keep_a_run_from_saving(fresh):
+    "What is printed there is an error for whoever prints it (EIO)."
+    code = """
+import os
+from seqgpt.training import StopOnSignal
+ours, terminal = os.openpty()
+real = os.dup(1)
+os.dup2(terminal, 1)
+os.close(terminal)
+os.close(ours)
+try: os.write(1, b"nobody reads this")
+except OSError as e: failed = e.strerror
+StopOnSignal().ask()
+print("nobody reads this", flush=True)
+os.dup2(real, 1)
+print(failed, "at first", flush=True)
+"""
+    _, ask = fresh
+    ran = ask(code=code)
+    assert ran["passed"] and ran["printed"].startswith("Input/output error at first"), ran
 
 
 def test_stopped_at_the_last_step_in_the_middle_of_an_epoch(fresh):

@@ -12,9 +12,12 @@ import torch
 from conftest import refused, seqgpt
 from test_generation import EQUAL, TOKENIZER, UNEQUAL, WAYS, random_model
 
+from seqgpt import cli
 from seqgpt import export as E
 from seqgpt.inference import Decoder, generate
-from seqgpt.tokenizer import InputError
+from seqgpt.model import load_model
+from seqgpt.tokenizer import InputError, load_tokenizer
+from seqgpt.training import alone_in, read_config, save_model
 
 MODELS = {"plain": dict(n_layer=1, n_head=2, n_embd=16),
           "odd": dict(n_layer=2, n_head=3, n_embd=15, n_inner=7, activation_function="relu", scale_attn_by_inverse_layer_idx=True, layer_norm_epsilon=0.1, tie_word_embeddings=False)} # heads of 5
@@ -199,6 +202,28 @@ def test_a_wrong_file_is_not_written(written, quick_export, monkeypatch):
     result = seqgpt("export", "--model_path", model, cwd=written/"lm")
     assert result.returncode == 1 and "gives other numbers than PyTorch" in result.stderr
     assert before == {p: p.read_bytes() for p in folder.iterdir()} and not [*model.glob(".*")]
+
+
+def test_while_a_training_goes_on(written, quick_export, monkeypatch, tmp_path):
+    "What a best model to come would delete is refused; what is written elsewhere is not. Nor is a result given to a model that it is not of."
+    lm = shutil.copytree(written/"lm", tmp_path/"lm")
+    best = lm/"outputs/best_model"
+    measured = json.loads((best/"evaluation/metrics.json").read_text())["perplexity"]
+    evaluate, infer = ["evaluate", "--model_path", "outputs/best_model", "--num_samples", 0], ["infer", "--model_path", "outputs/best_model", "--mode", "generate", "--max_new_tokens", 1]
+    with alone_in(lm/"outputs"):
+        for command in (evaluate, [*evaluate, "--data_path", "data.jsonl"], ["export", "--model_path", "outputs/best_model"], [*infer, "--out_dir", "outputs/best_model/drawn"]):
+            refused(seqgpt(*command, cwd=lm), "a training is going on", "--out_dir")
+        assert seqgpt(*evaluate, "--out_dir", tmp_path/"evaluation", cwd=lm, drawn=False).returncode == seqgpt(*infer, cwd=lm).returncode == 0
+    assert json.loads((tmp_path/"evaluation/metrics.json").read_text())["perplexity"] == measured
+    model, tokenizer, config = load_model(best), load_tokenizer(best), read_config(best/"config.yaml")
+    replace_best = lambda: save_model(best, model, tokenizer, config, {})
+    measure, plot = cli.measures("clm")
+    monkeypatch.setattr(cli, "measures", lambda task: (lambda *args, **kwargs: (measure(*args, **kwargs), replace_best())[0], plot))
+    refused(seqgpt(*evaluate, cwd=lm), "has replaced the model meanwhile", "best_model/evaluation was not written")
+    to_onnx = E.to_onnx
+    monkeypatch.setattr(E, "to_onnx", lambda *args: (replace_best(), to_onnx(*args)))
+    refused(seqgpt("export", "--model_path", "outputs/best_model", cwd=lm), "has replaced the model meanwhile")
+    assert not (best/"evaluation").exists() and not (best/"onnx").exists() and not [*lm.rglob(".*.part")]
 
 
 def test_without_the_data_of_the_training(written, quick_export, tmp_path):

@@ -72,11 +72,11 @@ def test_shell_syntax(name): assert subprocess.run(["bash", "-n", SCALE/name]).r
 
 
 def test_one_node(tmp_path):
-    "Two processes that train, told to stop as Ctrl-C or a machine would; that they go on to the same weights is tested in test_crashes.py."
+    "Two processes that train, told to stop as Slurm would (SIGUSR1); that they go on to the same weights is tested in test_crashes.py."
     write_scales(tmp_path)
     run = start(tmp_path, "bash", SCALE/"one_node.sh", *TRAIN, "--output_dir", "two", PROCESSES="2")
     wait_until(checkpoint(tmp_path/"two"), run)
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGUSR1)
     said = finish(run, 1) # torchrun's only code for what is not 0
     assert (command := re.search(r"Stopped after step (\d+) of 1000000; all is saved. Go on with: torchrun --nproc_per_node 2 -m seqgpt.cli train --config two/config.yaml --resume", said)), said
     assert (tmp_path/f"two/checkpoints/checkpoint-{command[1]}").exists() and json.loads((tmp_path/"two/split.json").read_text())["processes"] == 2
@@ -121,13 +121,13 @@ def test_slurm(slurm, tmp_path):
 
 
 @pytest.mark.parametrize("torchrun, told, code, requeued", [
-    ("exit 0", False, 0, False), ("exit 1", False, 1, False), (STOPPED_BY.format("exit 0"), True, 0, False), (STOPPED_BY.format("exit 1"), True, 1, True)],
+    ("exit 0", None, 0, False), ("exit 1", None, 1, False), (STOPPED_BY.format("exit 0"), signal.SIGTERM, 0, False), (STOPPED_BY.format("exit 1"), signal.SIGUSR1, 1, True)],
     ids=["finished", "failed", "finished when told to stop", "stopped"])
 def test_slurm_queues_again_what_was_stopped_only(torchrun, told, code, requeued, slurm, tmp_path):
     job = slurm(torchrun)
     if told:
         wait_until(lambda: len(calls(tmp_path)) == 2, job)
-        job.send_signal(signal.SIGTERM)
+        job.send_signal(told)
     finish(job, code)
     assert (tmp_path/"requeued").exists() == requeued
     if told: assert calls(tmp_path) == ["--nnodes 2 --nproc_per_node 1 --rdzv_id 7 --rdzv_backend c10d --rdzv_endpoint localhost:20007 -m seqgpt.cli train --data_path data --resume"]*2

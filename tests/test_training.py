@@ -1,13 +1,24 @@
 "Training in 16 bits, with Muon, on sequences of unequal lengths: little padding, weights in 32 bits. (That it is resumed exactly is tested in test_crashes.py.)"
+import io
+import os
+import re
+import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
+import seqgpt.data as D
+import seqgpt.model as M
 import seqgpt.training as T
 from seqgpt.corpora import make_markov, write_markov
+from seqgpt.evaluation import training_split
 from seqgpt.model import load_model
+from seqgpt.tokenizer import InputError, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +72,129 @@ def test_a_callback_may_stop_a_run_before_its_first_validation(config):
         def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = True
     early = T.train(replace(config, output_dir=config.output_dir + "_early"), [StopEarly()])
     assert early.metrics["step"] == 1 and load_model(early.output_dir/"best_model") and load_model(early.output_dir/"final_model")
+
+
+# --- progress
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+
+@pytest.mark.parametrize("out", [io.StringIO, Terminal])
+def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(config, out, monkeypatch):
+    class Shown(T.tqdm):
+        seconds = 0
+        def __init__(self, *args, **kwargs): super().__init__(*args, disable=False, **kwargs) # in tests all are disabled
+    monkeypatch.setattr(T, "tqdm", Shown)
+    monkeypatch.setattr("sys.stderr", out())
+    T.train(replace(config, output_dir=f"{config.output_dir}_{out.__name__}", max_steps=4, eval_steps=2, logging_steps=2))
+    said = sys.stderr.getvalue()
+    if out is Terminal:
+        assert re.search(r"\r100%\|#+\| 4/4 \[\d\d:\d\d<\d\d:\d\d, .*it/s, loss=\d\.\d+\]", said), said
+    else:
+        assert "\r" not in said and re.search(r"^Step 4/4 \(100 %\), .*it/s, \d\d:\d\d left, loss=\d\.\d+$", said, re.M), said
+        assert "\nValidating 0/4 (0 %)" in said
+
+
+def test_lines_come_every_half_minute(monkeypatch):
+    clock, log = [0.0], io.StringIO()
+    monkeypatch.setattr("seqgpt.data.time.monotonic", lambda: clock[0])
+    for k in D.tqdm(range(1000), desc="Counting", file=log, mininterval=0, miniters=1, disable=False): clock[0] = k/10
+    assert [line.split()[1] for line in log.getvalue().splitlines()] == ["301/1000", "601/1000", "901/1000"]
+
+
+def test_one_process_shows_progress(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert D.tqdm(range(3), disable=False).disable
+
+
+def test_there_is_one_kind_of_progress_bar():
+    found = [p.name for p in Path(T.__file__).parent.glob("*.py") if re.search(r"^\s*(from|import) tqdm", p.read_text(), re.M)]
+    assert found == ["data.py"]
+
+
+# --- what is kept of a run, and when it ends
+
+def test_every_validation_has_the_loss_of_the_steps_before_it(config):
+    "Also where nothing is due to be logged since the one before: here of steps 6 and 7."
+    runs = [T.train(replace(config, output_dir=f"{config.output_dir}_logged_{n}", max_steps=7, eval_steps=5, logging_steps=n)).history for n in (1, 5)]
+    losses = [log["loss"] for log in runs[0] if log.get("step") in (6, 7) and "loss" in log]
+    for history in runs: assert T.validation_metrics(history)["train_perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
+
+
+@pytest.mark.parametrize("validations, stops", [
+    ([(3, 1.0), (2, 1.0), (1, 1.0)], True), # nothing left to learn, though the loss goes on falling
+    ([(3, 1.0), (2, 0.9), (1, 1.0)], False), ([(2, 1.0), (1, 1.0)], False),
+    ([(1, 0.5), (2, 0.5), (2, 0.5), (2, 0.6)], True), ([(2, 0.5), (1, 0.5), (2, 0.5), (2, 0.6)], False), ([], False)])
+def test_a_classifier_stops_where_it_cannot_get_better(validations, stops):
+    state = TrainerState(log_history=[{"loss": 1.0, "step": 1}, *({"eval_loss": loss, "eval_accuracy": right, "eval_macro_f1": right} for loss, right in validations)])
+    preset = T.read_config(Path(T.__file__).with_name("classify.yaml"))
+    assert preset.early_stopping_patience == 3 and T.out_of_patience(preset, state) == stops
+    assert not T.out_of_patience(replace(preset, early_stopping_patience=0), state)
+
+
+def test_a_language_model_stops_by_its_loss_alone():
+    state = TrainerState(log_history=[{"eval_loss": loss, "eval_accuracy": 1.0} for loss in (3, 2, 1)])
+    assert not T.out_of_patience(T.Config(early_stopping_patience=3), state)
+
+
+def test_a_model_to_be_shared_does_not_say_where_its_data_was(config, run, tmp_path):
+    best = run[0].output_dir/"best_model"
+    files = [p for name in ("best_model", "final_model") for p in (run[0].output_dir/name).rglob("*") if p.is_file()]
+    assert os.path.isabs(config.data_path) and len(files) > 20
+    assert not [p for p in files if str(Path(config.data_path).parent).encode() in p.read_bytes()]
+    tokenizer = T.load_tokenizer(best)
+    assert training_split(best, tokenizer, config.cache_dir).validation["input_ids"][:] == T.load_data(config, tokenizer)[1].validation["input_ids"][:]
+    assert T.start_from(T.Config(init_from=str(best))).data_path == config.data_path
+    moved = shutil.copytree(best, tmp_path/"moved")
+    with pytest.raises(InputError, match="data: no such file or folder"): training_split(moved, tokenizer)
+
+
+def test_settings_around_a_model_that_are_not_of_its_run(config, tmp_path):
+    "What has another name is not taken for the data of the model, and what cannot be read is left alone."
+    model = tmp_path/"model"
+    T.write_config(T.without_folders(config), model/"config.yaml")
+    for around in ("data_path: /elsewhere/other\n", "data_path: 3\n", "- no settings"):
+        (tmp_path/"config.yaml").write_text(around)
+        assert T.model_config(model).data_path == "data"
+
+
+# --- two who use one folder
+
+def small_model(folder, symbols):
+    tokenizer = make_tokenizer({s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *symbols])})
+    model = T.new_model(T.make_config(tokenizer, 4, 1, 1, 2), seed=ord(symbols[0]))
+    T.save_model(folder, model, tokenizer, T.Config("data"), {})
+    return model
+
+
+def test_a_model_that_is_replaced_while_it_is_loaded_comes_with_its_own_tokenizer(tmp_path, monkeypatch):
+    small_model(tmp_path/"best_model", "ab")
+    load, calls = M.load_tokenizer, []
+    def replaced_first(folder):
+        if not calls: calls.append(small_model(folder, "ba"))
+        return load(folder)
+    monkeypatch.setattr(M, "load_tokenizer", replaced_first)
+    model, tokenizer = M.load_folder(tmp_path/"best_model")
+    assert tokenizer.convert_ids_to_tokens([4, 5]) == ["b", "a"] and torch.equal(model.transformer.wte.weight, calls[0].transformer.wte.weight)
+
+
+def test_a_model_that_is_taken_away_while_it_is_loaded(tmp_path, monkeypatch):
+    small_model(tmp_path/"best_model", "ab")
+    monkeypatch.setattr(M, "load_file", lambda path: (shutil.rmtree(tmp_path/"best_model"), open(path)))
+    with pytest.raises(InputError, match="no config.json there"): M.load_folder(tmp_path/"best_model")
+
+
+def test_results_in_a_model_that_a_training_or_a_search_may_replace(tmp_path):
+    best = tmp_path/"search/trial-001/best_model"
+    small_model(best, "ab")
+    for run in (best.parent, best.parent.parent):
+        with T.model_stays(best/"evaluation"): pass
+        T.write_config(T.Config("data"), run/"config.yaml")
+        with T.alone_in(run):
+            with pytest.raises(InputError, match="a training is going on"): T.model_stays(best/"evaluation").__enter__()
+            with T.model_stays(run/"evaluation"): pass # not in the folder of the model
+    with pytest.raises(FileNotFoundError), T.model_stays(best/"evaluation"): open(best/"nothing")
+    with pytest.raises(InputError, match="has replaced the model meanwhile"), T.model_stays(best/"evaluation"):
+        small_model(best, "ab")
+        open(best/"evaluation")

@@ -9,8 +9,8 @@
 #            AWS:    curl -sf -o /dev/null -H "X-aws-ec2-metadata-token: $(curl -sf -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' http://169.254.169.254/latest/api/token)" http://169.254.169.254/latest/meta-data/spot/instance-action
 #            Google: curl -sf -H 'Metadata-Flavor: Google' http://metadata.google.internal/computeMetadata/v1/instance/preempted | grep -q TRUE
 #
-# Told to stop (SIGTERM or NOTICE), it has the training save a checkpoint, and ends. If the training ends by itself, it is started again, but at most
-# TRIES times (3) for failures. Exit code: 0 finished, or stopped and saved; 2 a mistake in the settings; 1 failed.
+# Told to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1 or NOTICE), it has the training save a checkpoint, and ends.
+# If the training ends by itself, it is started again, but at most TRIES times (3) for failures. Exit code: 0 finished, or stopped and saved; 2 a mistake in the settings; 1 failed.
 #
 # Run by the tests (tests/test_scale.py): on a CPU, with real SIGTERMs, and with a file as NOTICE.
 # NOT RUN when this was written: a machine in a cloud, the two commands for NOTICE, GPUs.
@@ -25,7 +25,7 @@ mkdir -p "$STATE" && touch "$log" || exit 1
 
 child='' asked='' failures=0
 stop() { asked=yes; if [ "$child" ]; then kill -TERM "$child" 2> /dev/null; fi; }
-trap stop TERM INT
+trap stop TERM INT HUP USR1
 printed() { tail -n +"$((before + 1))" "$log"; } # in this attempt
 
 while [ ! "$asked" ]; do
