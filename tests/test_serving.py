@@ -2,6 +2,7 @@
 import gc
 import json
 import os
+import pkgutil
 import re
 import signal
 import socket
@@ -171,8 +172,9 @@ def test_log_probabilities_are_the_models_own(made, service):
     expected = scores(made.model, whole)
     assert whole[:1 + len(ids)] == [BOS, *ids] == choice.prompt_token_ids
     assert choice.logprobs.tokens == names(whole[1:])
-    assert np.allclose(choice.logprobs.token_logprobs, expected[range(len(whole) - 1), whole[1:]], atol=1e-4)
-    for found, row, token in zip(choice.logprobs.top_logprobs, expected, whole[1:]):
+    assert choice.logprobs.token_logprobs[0] is None and np.allclose(choice.logprobs.token_logprobs[1:], expected[range(1, len(whole) - 1), whole[2:]], atol=1e-4)
+    assert choice.logprobs.top_logprobs[0] is None
+    for found, row, token in zip(choice.logprobs.top_logprobs[1:], expected[1:], whole[2:]):
         best = row.topk(3).indices.tolist()
         assert [*found] == names(dict.fromkeys([*best, token])) and np.allclose([*found.values()], row[[*dict.fromkeys([*best, token])]], atol=1e-4)
     for start, token in zip(choice.logprobs.text_offset, choice.logprobs.tokens): assert token in ("</s>", choice.text[start:][:len(token)])
@@ -183,18 +185,30 @@ def test_log_probabilities_are_the_models_own(made, service):
     assert choice.text == text(ids) + plain.text and plain.logprobs is None and not {"token_ids", "prompt_logprobs"} & plain.model_extra.keys()
 
 
-def test_a_prompt_alone_can_be_scored(made, service):
-    ids = some(1, seed=5)[0]
-    answer = service.openai.completions.create(model="melody", prompt=ids, max_tokens=0, echo=True, logprobs=0)
-    assert answer.choices[0].text == text(ids) and answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 0
-    assert np.allclose(answer.choices[0].logprobs.token_logprobs, scores(made.model, [BOS, *ids])[range(len(ids)), ids], atol=1e-4)
+@pytest.mark.parametrize("most", [0, 1])
+def test_echoed_tokens_are_those_that_were_sent(made, service, most):
+    "One for each, null for the first: programs that score sequences count on it. `</s>` may come last, and all positions may be taken."
+    ids, full = some(1, seed=5)[0], np.random.default_rng(0).choice(PLAIN, 79).tolist()
+    cases = [(sent, sent) for sent in (ids, [BOS, *ids], [BOS, *ids, EOS], [*ids, EOS], [BOS], [BOS, EOS], [BOS, *full], [BOS, *full[1:], EOS])]
+    for prompt, sent in [*cases, *((text(sent), sent) for _, sent in cases)]:
+        answer = service.openai.completions.create(model="melody", prompt=prompt, max_tokens=most, echo=True, logprobs=1, temperature=0, extra_body={"return_token_ids": True})
+        choice, found = answer.choices[0], answer.choices[0].logprobs
+        whole = choice.prompt_token_ids + choice.token_ids[len(sent):]
+        assert choice.token_ids[:len(sent)] == sent and len(whole) == len(choice.prompt_token_ids) + most == answer.usage.total_tokens
+        assert choice.prompt_token_ids == sent if sent[0] == BOS else [BOS, *sent]
+        assert found.tokens == names(choice.token_ids) and len(found.top_logprobs) == len(found.text_offset) == len(sent) + most
+        expected = scores(made.model, whole[:80])[range(len(whole) - 1), whole[1:]][-len(choice.token_ids) + 1:]
+        assert found.token_logprobs[0] is found.top_logprobs[0] is None and np.allclose(found.token_logprobs[1:], expected[:len(choice.token_ids) - 1], atol=1e-4)
+        assert choice.text == text(sent + [i for i in choice.token_ids[len(sent):] if i != EOS])
+        for start, token in zip(found.text_offset[:len(sent)], found.tokens): assert choice.text[start:].startswith(token)
 
 
 def test_stops_end_a_continuation_before_they_are_seen(made, service):
     ids = some(1, seed=6)[0]
     full = drawn(made, ids, temperature=0, max_new_tokens=40)
-    for stop in (full[7], f"{full[5]} {full[6]} {full[7]}", ["N0 N0 N0 N0", f"{full[9]} {full[10]}"], ["</s>"]):
-        sought = [s.split() for s in ([stop] if isinstance(stop, str) else stop)]
+    never = ["\n\n", "\n", f"{full[2]}\n", "Question:", f"{full[2]} H9", "[START]", "<unk>"] # are ignored: clients of other models send them
+    for stop in (full[7], f"{full[5]} {full[6]} {full[7]}", ["N0 N0 N0 N0", f"{full[9]} {full[10]}"], ["</s>"], [*never, full[7]], never, "\n\n", []):
+        sought = [s.split() for s in ([stop] if isinstance(stop, str) else stop) if s not in never]
         at = next((k for k in range(len(full)) for s in sought if full[k:k + len(s)] == s), len(full))
         for streamed in (False, True):
             answer = service.openai.completions.create(model="melody", prompt=ids, temperature=0, max_tokens=40, stop=stop, stream=streamed)
@@ -231,6 +245,17 @@ def test_null_is_the_default(service):
     fields = ["max_tokens", "temperature", "top_p", "n", "seed", "stop", "echo", "logprobs", "stream", "stream_options", "suffix", "user", "best_of", "presence_penalty", "frequency_penalty", "logit_bias", "top_k", "prompt_logprobs", "return_token_ids", "model"]
     answer = service.http.post("/v1/completions", json={"prompt": "C4", **dict.fromkeys(fields)})
     assert answer.status_code == 200 and len(answer.json()["choices"]) == 1
+    assert service.http.post("/v1/completions", json={"prompt": "C4", "stream_options": {"include_usage": None, "other": None}, "store": None}).status_code == 200 # what a newer client knows, and does not ask for
+
+
+def test_what_asks_for_nothing_else_is_accepted(service):
+    "As other servers do: what clients send of themselves."
+    ask = lambda **fields: service.http.post("/v1/completions", json={"prompt": "C4", "max_tokens": 9, "temperature": 0, **fields}).json()["choices"]
+    neutral = {"seed": -1, "logprobs": False, "prompt_logprobs": False, "max_tokens": 9.0, "top_k": -1.0, "n": 3.0, "best_of": 3, "stop": [], "logit_bias": {}, "suffix": "", "user": "me", "presence_penalty": 0, "frequency_penalty": 0.0, "top_p": 1, "echo": False, "stream": False,
+               "stream_options": {"include_usage": True, "include_obfuscation": False}}
+    for name, value in neutral.items(): assert ask(**{"n": 3, name: value}) == ask(n=3), name
+    assert ask(best_of=1, n=2) == ask(n=2)
+    assert len({ask(seed=-1, temperature=2)[0]["text"] for _ in range(5)}) > 1
 
 
 # ---- many at once ----
@@ -257,6 +282,54 @@ def test_those_that_come_together_get_what_each_would_get_alone(made):
             ids, n, first = fields.pop("prompt"), fields.pop("n"), fields.pop("seed")
             for k in range(n): assert said(answer["choices"][k]) == drawn(made, ids, seed=first + k, max_new_tokens=fields["max_tokens"], **{f: fields[f] for f in ("temperature", "top_p", "top_k", "repetition_penalty")})
         free(service)
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_each_prompt_is_computed_once(made, once, exported):
+    "However many continuations it gets, and whether those end together or one by one."
+    computed, ids = [], some(2, seed=8)
+    if exported:
+        folder = once(talking)
+        made.model.config.save_pretrained(folder)
+    model = OnnxModel(folder/"fast.onnx") if exported else made.model
+    with served(SimpleNamespace(**vars(made) | {"model": model}), most_running=4) as service:
+        compute = service.engine.compute
+        service.engine.compute = lambda prompts: (computed.extend(prompts), compute(prompts))[1]
+        for most in (5, 40):
+            choices = service.openai.completions.create(model="melody", prompt=[ids[0], ids[0], ids[1]], n=16, seed=7, max_tokens=most).choices
+            assert [c.text.split() for c in choices] == [drawn(made, p, seed=7 + k, max_new_tokens=most) for p in (ids[0], ids[0], ids[1]) for k in range(16)]
+            assert sorted(computed) == sorted((BOS, *p) for p in ids) and service.engine.prompts == {} # nothing is kept for nobody
+            computed.clear()
+
+
+def test_nothing_is_done_with_the_whole_vocabulary(made, service, monkeypatch):
+    "With 50,000 symbols a copy takes a twentieth of a second, and there may be 256 prompts."
+    kind, copied = type(made.tokenizer), []
+    names = kind.convert_ids_to_tokens
+    for name in ("get_vocab", "__len__"): monkeypatch.setattr(kind, name, lambda self, name=name: copied.append(name))
+    monkeypatch.setattr(kind, "convert_ids_to_tokens", lambda self, ids, **kwargs: (len(ids) < 100 or copied.append("names"), names(self, ids, **kwargs))[1])
+    for fields in ({}, {"stream": True}, {"logprobs": 3, "echo": True, "return_token_ids": True}):
+        for prompt in (["C4 D4"]*20, some()): assert service.http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 2, "stop": ["C4", "\n"], **fields}).status_code == 200
+    for path in ("score", "classify"): assert service.http.post(f"/v1/{path}", json={"input": ["C4 D4", "N1"]}).status_code == 200
+    assert service.http.get("/v1/vocabulary").json()["symbols"] == MELODY and copied == []
+
+
+@pytest.mark.parametrize("what", ["read_prompts", "read_stops", "to_json", "Writer.choice", "answered"])
+def test_long_work_does_not_hold_up_others(made, monkeypatch, what):
+    begun, over = threading.Event(), threading.Event()
+    target = "seqgpt.serving." + what
+    call = pkgutil.resolve_name(target.replace(".serving.", ".serving:"))
+    with served(made) as service, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(target, lambda *args, **kwargs: (begun.set(), over.wait(60), call(*args, **kwargs))[2])
+        paths = {"answered": ["score", "classify"], "read_stops": ["completions"], "Writer.choice": ["completions"]}.get(what, ["completions", "score", "classify"])
+        for path in paths:
+            for event in (begun, over): event.clear()
+            asked = pool.submit(service.http.post, f"/v1/{path}", json={"prompt": "C4 "*20, "echo": True, "logprobs": 100, "stream": what == "Writer.choice"} if path == "completions" else {"input": "C4"})
+            try:
+                assert begun.wait(60)
+                assert httpx.get(f"{service.url}/healthz", timeout=20).json()["status"] == "ok" # while that waits for us
+            finally: over.set()
+            assert asked.result().status_code == 200
 
 
 def test_a_long_queue_of_classes_does_not_hold_up_tokens(made):
@@ -386,7 +459,8 @@ def test_metrics_count(made):
 
 WRONG = [ # body, field that is named, words
     ({"prompt": "C4 H9"}, "prompt", "Symbol 2 of prompt, 'H9', is not in the vocabulary"),
-    ({"prompt": "C4 </s> D4"}, "prompt", "</s>"),
+    ({"prompt": "C4 </s> D4"}, "prompt", "</s>"), ({"prompt": "C4 </s>"}, "prompt", "cannot be continued"), ({"prompt": "C4 </s>", "echo": True, "max_tokens": 2}, "prompt", "cannot be continued"), ({"prompt": "C4 </s> D4", "echo": True, "max_tokens": 0}, "prompt", "</s>"),
+    ({"prompt": [1, 1]}, "prompt", "[START]"), ({"prompt": [1]*81, "echo": True, "max_tokens": 0}, "prompt", "81 tokens"),
     ({"prompt": "\ud800"}, "prompt", "not in the vocabulary"),
     ({"prompt": ["C4", "D4 X"]}, "prompt", "prompt[1]: Symbol 2"),
     ({"prompt": [5, 9999]}, "prompt", "9999 is not the id of a symbol; they go from 0 to 131"),
@@ -398,10 +472,10 @@ WRONG = [ # body, field that is named, words
     ({"prompt": " ".join(["C4"]*79)}, "max_tokens", "room for 0 more, not for 1"),
     ({"max_tokens": 80}, "max_tokens", "room for 78 more, not for 80"), ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"), ({"max_tokens": "9"}, "max_tokens", "integer"), ({"max_tokens": 1e30}, "max_tokens", ""),
     ({"temperature": -0.1}, "temperature", ""), ({"temperature": 2.1}, "temperature", "less than or equal to 2"), ({"temperature": "hot"}, "temperature", "number"),
-    ({"top_p": 0}, "top_p", "greater than 0"), ({"top_p": 1.1}, "top_p", ""), ({"top_k": -2}, "top_k", ""), ({"n": 0}, "n", ""), ({"n": 100000}, "n", "at most 256"), ({"seed": -1}, "seed", ""), ({"seed": 2**70}, "seed", ""),
-    ({"stop": ""}, "stop", "empty"), ({"stop": ["C4", " "]}, "stop", "empty"), ({"stop": "H9"}, "stop", "H9"), ({"stop": ["C4"]*17}, "stop", "16"), ({"stop": 3}, "stop", ""),
+    ({"top_p": 0}, "top_p", "greater than 0"), ({"top_p": 1.1}, "top_p", ""), ({"top_k": -2}, "top_k", ""), ({"n": 0}, "n", ""), ({"n": 100000}, "n", "at most 256"), ({"seed": -2}, "seed", ""), ({"seed": 2**70}, "seed", ""),
+    ({"stop": ""}, "stop", "empty"), ({"stop": ["C4", " "]}, "stop", "empty"), ({"stop": ["C4"]*17}, "stop", "16"), ({"stop": 3}, "stop", ""),
     ({"logprobs": -1}, "logprobs", ""), ({"logprobs": 132, "n": 200}, "logprobs", "log-probabilities"), ({"prompt_logprobs": 10**9}, "logprobs", "log-probabilities"),
-    ({"repetition_penalty": 0}, "repetition_penalty", ""), ({"suffix": "C4"}, "suffix", "Not supported."), ({"best_of": 2}, "best_of", "Not supported."), ({"presence_penalty": 0.5}, "presence_penalty", "Not supported: there is repetition_penalty."), ({"frequency_penalty": 1}, "frequency_penalty", ""), ({"logit_bias": {"5": 1}}, "logit_bias", "Not supported."),
+    ({"repetition_penalty": 0}, "repetition_penalty", ""), ({"suffix": "C4"}, "suffix", "Not supported."), ({"best_of": 2}, "best_of", "Not supported."), ({"best_of": 3, "n": 2}, "best_of", "n"), ({"best_of": 0}, "best_of", ""), ({"logprobs": True}, "logprobs", "integer"), ({"max_tokens": 2.5}, "max_tokens", "integer"), ({"echo": 1.0}, "echo", ""), ({"presence_penalty": 0.5}, "presence_penalty", "Not supported: there is repetition_penalty."), ({"frequency_penalty": 1}, "frequency_penalty", ""), ({"logit_bias": {"5": 1}}, "logit_bias", "Not supported."),
     ({"stream": "yes"}, "stream", ""), ({"stream_options": {"usage": True}}, "stream_options", ""), ({"maximum": 3}, "maximum", "There is no such field"), ({"user": 3}, "user", ""), ({"model": 3}, "model", ""),
 ]
 
@@ -441,7 +515,7 @@ def test_other_paths_and_methods(service):
     for method, path, status in (("GET", "/v1/completions", 405), ("POST", "/healthz", 405), ("DELETE", "/v1/models/melody", 405), ("GET", "/docs", 404), ("GET", "/../etc/passwd", 404), ("POST", "/v1/chat/completions", 404), ("GET", "/v1/models/", 404)):
         answer = service.http.request(method, path)
         assert answer.status_code == status and answer.json()["error"]["message"], (method, path, answer.text)
-    with pytest.raises(openai.NotFoundError): service.openai.chat.completions.create(model="melody", messages=[{"role": "user", "content": "C4"}])
+    with pytest.raises(openai.NotFoundError, match="/v1/completions"): service.openai.chat.completions.create(model="melody", messages=[{"role": "user", "content": "C4"}])
 
 
 def test_headers_for_browsers(service):
