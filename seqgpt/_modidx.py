@@ -556,6 +556,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'seqgpt.tokenizer.PreTrainedTokenizerFast._repr_html_': ( 'tokenizer.html#pretrainedtokenizerfast._repr_html_',
                                                                                             'seqgpt/tokenizer.py'),
                                   'seqgpt.tokenizer.added_token': ('tokenizer.html#added_token', 'seqgpt/tokenizer.py'),
+                                  'seqgpt.tokenizer.any_of': ('tokenizer.html#any_of', 'seqgpt/tokenizer.py'),
                                   'seqgpt.tokenizer.check_vocab': ('tokenizer.html#check_vocab', 'seqgpt/tokenizer.py'),
                                   'seqgpt.tokenizer.find_specials': ('tokenizer.html#find_specials', 'seqgpt/tokenizer.py'),
                                   'seqgpt.tokenizer.framing': ('tokenizer.html#framing', 'seqgpt/tokenizer.py'),

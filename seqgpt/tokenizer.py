@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'symbol_problem', 'unknown_symbol_hint', 'unique', 'read_json', 'check_vocab', 'read_vocab',
-           'find_specials', 'added_token', 'unknown_to_unk', 'make_tokenizer', 'html_table', 'framing',
+           'find_specials', 'added_token', 'any_of', 'unknown_to_unk', 'make_tokenizer', 'html_table', 'framing',
            'save_tokenizer', 'load_tokenizer']
 
 # %% ../nbs/00_tokenizer.ipynb #9ab93ee5
 import json
+import os
 import re
 import unicodedata
+from bisect import bisect_left
 from collections import Counter
 from html import escape
 from numbers import Number
@@ -108,15 +110,19 @@ def find_specials(
     **named: str | None, # Symbols named by the user: `pad_token`, `bos_token`, `eos_token`, `unk_token`
 ) -> dict[str, str]: # The symbol for each of the four
     "The four special tokens of `vocab`; raises `InputError` where one is missing, ambiguous or shared."
-    found = {}
+    found, problems, lacking = {}, [], {}
     for role, names in SPECIALS.items():
         spellings = re.compile(r"(<\|?|\[|__)(%s)(\|?>|\]|__)" % "|".join(names), re.I)
+        bare = names[0].upper()
         hits = [named[role]] if named.get(role) else [s for s in vocab if spellings.fullmatch(s)]
-        if len(hits) > 1: raise InputError(f"{where}: {len(hits)} symbols could be the {role}: {', '.join(hits)}. Choose with --{role}.")
-        if not hits or hits[0] not in vocab:
-            what = f"{hits[0]!r}, named as the {role}," if hits else f"{'a' if role[0] in 'pb' else 'an'} {role}, such as <{names[0]}> or [{names[0].upper()}],"
-            raise InputError(f"{where}: {what} is not in it. Add it, with id {len(vocab)}, or name yours with --{role}.")
-        found[role] = hits[0]
+        hits = hits or [s for s in (bare, f"{bare}_None") if s in vocab]
+        if not hits or hits[0] not in vocab: lacking[role] = hits[0] if hits else f"<{names[0]}>"
+        elif len(hits) == 1: found[role] = hits[0]
+        else: problems.append(f"{len(hits)} symbols could be the {role}: {', '.join(hits)}. Choose with --{role}.")
+    if lacking:
+        lines = ", ".join(f"{json.dumps(s)}: {i}" for i, s in enumerate(dict.fromkeys(lacking.values()), len(vocab)))
+        problems.append(f"no {' and no '.join(lacking)} in it. Add {lines}, or name yours with --{' and --'.join(lacking)}.")
+    if problems: raise InputError(f"{where}: {' '.join(problems)}")
     if len(set(found.values())) < 4:
         raise InputError(f"{where}: the special tokens must be four different symbols, but they are {found}. "
                          "Padding is left out of training: a model whose padding is its <eos> never learns to stop.")
@@ -130,14 +136,31 @@ def added_token(
     "The added token for `symbol`."
     return AddedToken(symbol, special=special, single_word=True, lstrip=True, rstrip=True, normalized=True)
 
+# %% ../nbs/00_tokenizer.ipynb #67a18c63
+def any_of(
+    symbols: list[str], # At least one, sorted
+    few: int = 64, # How many are tried one after the other
+    depth: int = 0, # Of groups around this one
+) -> str: # A regular expression
+    "A pattern that matches any of `symbols` in a time that grows with the logarithm of their number."
+    start = os.path.commonprefix([symbols[0], symbols[-1]])
+    rest = [s[len(start):] for s in symbols]
+    if len(rest) <= few or depth == 100: body = "|".join(map(re.escape, rest))
+    else:
+        middle = rest[len(rest) // 2][0]
+        at = bisect_left(rest, middle) or bisect_left(rest, chr(ord(middle) + 1))
+        below, above = (any_of(half, few, depth + 1) for half in (rest[:at], rest[at:]))
+        body = f"(?=[{re.escape(rest[at][0])}-\U0010ffff]){above}|{below}"
+    return f"{re.escape(start)}(?:{body})"
+
 # %% ../nbs/00_tokenizer.ipynb #270470a6
 def unknown_to_unk(
     vocab: dict[str, int], # Symbol to id
     unk_token: str, # What to write instead
 ) -> normalizers.Normalizer:
     "Replaces whole symbols that are not in `vocab`, but could contain one that is, by `unk_token`."
-    known = "|".join(re.escape(s) for s in vocab if not re.fullmatch(r"[A-Za-z0-9_]+", s))
-    return normalizers.Replace(Regex(rf"(?<!\S)(?!(?:{known})(?!\S))(?=\S*[^A-Za-z0-9_\s])\S+"), unk_token)
+    known = any_of(sorted({unk_token, *(s for s in vocab if not re.fullmatch(r"[A-Za-z0-9_]+", s))}))
+    return normalizers.Replace(Regex(rf"(?<!\S)(?!{known}(?!\S))(?=\S*[^A-Za-z0-9_\s])\S+"), unk_token)
 
 # %% ../nbs/00_tokenizer.ipynb #4e38fd0a
 def make_tokenizer(
@@ -197,7 +220,8 @@ def framing(
     "Has `tokenizer` put `<bos>` and `<eos>` round every text, unless they are there."
     bos, eos, backend = tokenizer.bos_token, tokenizer.eos_token, tokenizer.backend_tokenizer
     if tokenizer("")["input_ids"]: return tokenizer # it does so already
-    strip = [normalizers.Replace(Regex(rf"^\s*{re.escape(bos)}\s+(?=\S)"), ""), normalizers.Replace(Regex(rf"(?<=\S)\s+{re.escape(eos)}\s*$"), "")]
+    first, last = rf"\A\s*{re.escape(bos)}\s+(?=\S)", rf"(?<=\S)\s+{re.escape(eos)}\s*\z"
+    strip = [normalizers.Replace(Regex(pattern), "") for pattern in (first, last)]
     backend.normalizer = normalizers.Sequence([backend.normalizer, *strip])
     backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)])
     return tokenizer
