@@ -15,8 +15,8 @@ VOCAB = {s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *(f"{no
 TOKENIZER = make_tokenizer(VOCAB)
 EQUAL, UNEQUAL = ["C4 D4"], ["C4", "", "E4 F4 G4 C4 D4 E4", "C4 D4"]
 WAYS = {"greedy": dict(temperature=0), "sampled": {}, "cool": dict(temperature=0.7), "top_k": dict(top_k=3), "top_p": dict(top_p=0.8), "penalty": dict(repetition_penalty=1.3),
-        "greedy, penalty": dict(temperature=0, repetition_penalty=1.5), "everything": dict(temperature=1.5, top_k=5, top_p=0.9, repetition_penalty=1.2),
-        "not before": dict(min_new_tokens=9), "all before": dict(temperature=0.7, top_k=3, min_new_tokens=130)}
+        "greedy, penalty": dict(temperature=0, repetition_penalty=1.5), "everything": dict(temperature=1.5, top_k=5, top_p=0.9, repetition_penalty=1.2)}
+LONGER = {"not before": dict(min_new_tokens=9), "all before": dict(temperature=0.7, top_k=3, min_new_tokens=130)}
 FIELDS = {"plain": {}, "no scale": dict(scale_attn_weights=False), "scale by layer": dict(scale_attn_by_inverse_layer_idx=True), "inner": dict(n_inner=24), "relu": dict(activation_function="relu"),
           "epsilon": dict(layer_norm_epsilon=0.1), "own head": dict(tie_word_embeddings=False), "no cache": dict(use_cache=False)}
 
@@ -60,12 +60,12 @@ def ours(*args, **options):
     return [TOKENIZER.convert_tokens_to_ids(s.tokens[s.given:]) for s in generate(*args[:1], TOKENIZER, *args[1:], **{"seed": 0, **options})]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS | LONGER)
 @pytest.mark.parametrize("prompts, num_samples", [(EQUAL, 1), (EQUAL, 3), (UNEQUAL, 1), (UNEQUAL, 10)])
 def test_same_tokens_as_transformers(way, prompts, num_samples):
-    model = random_model()
-    expected = theirs(model, prompts, num_samples, **WAYS[way])
-    assert ours(model, prompts, num_samples, **WAYS[way]) == expected # 40 samples are two batches, of 32 and 8
+    model, options = random_model(), (WAYS | LONGER)[way]
+    expected = theirs(model, prompts, num_samples, **options)
+    assert ours(model, prompts, num_samples, **options) == expected # 40 samples are two batches, of 32 and 8
     if num_samples == 10 and way == "sampled": # nothing trivial
         assert len({len(row) for row in expected}) > 10 and len({*map(tuple, expected)}) > 30 and max(map(len, expected)) > 60
 
@@ -111,7 +111,7 @@ def test_choosing_leaves_the_logits_alone():
     logits, ids = torch.randn(3, len(VOCAB)), torch.randint(4, len(VOCAB), (3, 5))
     for options in WAYS.values():
         before = logits.clone()
-        chosen = chooser(TOKENIZER, **{k: v for k, v in options.items() if k != "min_new_tokens"})(ids, logits)
+        chosen = chooser(TOKENIZER, **options)(ids, logits)
         assert torch.equal(before, logits) and chosen.shape == (3,) and not {0, 1, 3} & set(chosen.tolist())
 
 
