@@ -36,7 +36,9 @@ def class_logits(
     inputs = {name: t.to(model.device) for name, t in batch.items() if name != "labels"}
     if (mask := inputs.get("attention_mask")) is not None: inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.inference_mode(): logits = model(**inputs).logits.float()
-    if not logits.isfinite().all(): raise InputError("The scores of the classes are not finite: the model is damaged, or its training diverged. Take another copy, or train again: seqgpt train with a lower --learning_rate.")
+    if not logits.isfinite().all():
+        raise InputError("The scores of the classes are not finite: the model is damaged, or its training diverged. "
+                         "Take another copy, or train again: seqgpt train with a lower --learning_rate.")
     return logits
 
 # %% ../nbs/07_classification.ipynb #4ebeaeff
@@ -46,7 +48,7 @@ def predict(
     sequences, # Symbols or ids, see `encode_sequences`; a column of a dataset will do
     batch_size: int = 16, # Sequences at once
 ) -> np.ndarray: # (sequences, classes)
-    "The scores of the classes for each sequence; raises `InputError` for unknown symbols, sequences that are too long, and an impossible size."
+    "The scores of the classes for each sequence; raises `InputError` for unknown symbols and impossible lengths."
     if batch_size < 1: raise InputError(f"batch_size is {batch_size}. It must be at least 1.")
     starts = tqdm(range(0, len(sequences), batch_size), desc="Classifying", unit="batch", delay=2, leave=False)
     encoded = (encode_sequences(model, tokenizer, sequences[k:k + batch_size], k + 1) for k in starts)

@@ -327,15 +327,19 @@ def read_sequences(
     from seqgpt.evaluation import training_split
     if not path:
         rows = training_split(model_path, tokenizer, cache_dir).validation[:most]
-        return [unframed(ids, tokenizer) for ids in rows["input_ids"]], [{} if label is None else {"label": label} for label in rows["label"]]
+        fields = [{} if label is None else {"label": label} for label in rows["label"]]
+        return [unframed(ids, tokenizer) for ids in rows["input_ids"]], fields
     files, vocab, found, problems = corpus_files(path), tokenizer.get_vocab(), [], Problems()
-    lines = ((file, number, line) for file in files for number, line in read_span(whole(file), columns=None) if line != b"")
+    lines = ((file, *pair) for file in files for pair in read_span(whole(file), columns=None) if pair[1] != b"")
     for origin, number, line in lines:
         if len(found) == most: break
         try: found.append(read_sequence(line, tokenizer, vocab, share, positions))
-        except BadLine as e: problems.add(f"line {number}" if len(files) == 1 else f"{origin.name}:{number}", e.kind, e.detail)
+        except BadLine as e:
+            where = f"line {number}" if len(files) == 1 else f"{origin.name}:{number}"
+            problems.add(where, e.kind, e.detail)
     if (bad := problems.counts.total()) and not (skip_bad_lines and found):
-        remedy = "Mend them, or go on without them with --skip_bad_lines." if found else 'Is it JSON Lines in UTF-8? Each line is an object such as {"tokens": ["a", "b"]}.'
+        remedy = "Mend them, or go on without them with --skip_bad_lines."
+        if not found: remedy = 'Is it JSON Lines in UTF-8? Each line is an object such as {"tokens": ["a", "b"]}.'
         raise InputError(f"{path}: {bad:,} of {bad + len(found):,} lines cannot be used.\n{problems}.\n{remedy}")
     if not found: raise InputError(f'{path}: no sequences in it. A line is an object such as {{"tokens": ["a", "b"]}}.')
     if bad: print(f"{bad:,} bad line{'s'[:bad != 1]} left out ({problems}).", file=sys.stderr)
@@ -351,23 +355,25 @@ def read_sequence(
     "The sequence on one line; raises `BadLine`."
     from seqgpt.data import KEYS, BadLine, parse_line
     from seqgpt.tokenizer import unique
-    fields = None
-    with contextlib.suppress(ValueError, RecursionError): fields = json.loads(line, object_pairs_hook=unique) if isinstance(line, bytes) else line
-    given = {k: v for k, v in fields.items() if k != "label"} if isinstance(fields, dict) else line # a label is passed on, and is not used
-    ids, _ = parse_line(given, tokenizer, vocab)
+    fields = line
+    if isinstance(line, bytes):
+        with contextlib.suppress(ValueError, RecursionError): fields = json.loads(line, object_pairs_hook=unique)
+    if isinstance(fields, dict): line = {k: v for k, v in fields.items() if k != "label"} # which isn't used
+    ids, _ = parse_line(line, tokenizer, vocab)
     symbols = tokenizer.convert_ids_to_tokens(ids[1:-1])
-    if inside := {tokenizer.bos_token, tokenizer.eos_token}.intersection(symbols): raise BadLine("special token inside a sequence", min(inside))
+    inside = {tokenizer.bos_token, tokenizer.eos_token}.intersection(symbols)
+    if inside: raise BadLine("special token inside a sequence", min(inside))
     tokens = int(share*len(symbols)) + 2 # and <bos>, and <eos> or what comes next
     if tokens > positions: raise BadLine(f"longer than the {positions:,} positions of the model", f"{tokens:,} tokens")
     key = next(key for key in KEYS if key in fields)
-    others = json.dumps({k: v for k, v in fields.items() if k != key}, default=str) # Parquet may hold dates and the like
-    return symbols, json.loads(others)
+    others = {k: v for k, v in fields.items() if k != key}
+    return symbols, json.loads(json.dumps(others, default=str)) # Parquet may hold dates and the like
 
 # %% ../nbs/10_cli.ipynb #2fbbf181
 def infer(
     model_path: ModelPath, # Folder of a trained model, such as outputs/best_model, or of an exported one
     mode: typing.Literal["interactive", "generate", "classify"] = "interactive", # interactive: see the distribution of the next token and choose; generate: continue by itself; classify: ask a classifier which label
-    prompt: str = "", # Symbols to start from, or to classify, with spaces between; MKTAYI is M K T A Y I where each symbol is one character
+    prompt: str = "", # Symbols to start from or to classify, with spaces between; one-character symbols need none
     prompt_file: DataPath | None = None, # JSON Lines file: start from the beginnings of its sequences instead, or classify them
     num_prompts: int | None = None, # Take so many sequences: of prompt_file (default: 6 to continue, all to classify), or of the validation set of the training
     prompt_share: float | None = None, # How much of each of these sequences is given, 0 to 1; default: half to continue, all to classify
@@ -393,7 +399,8 @@ def infer(
     model, tokenizer = open_model(model_path, "classification" if classify else "clm", runtime)
     if top < 1: raise InputError(f"top is {top}. It must be at least 1.")
     if mode == "interactive" and (prompt_file or num_prompts or out_dir):
-        raise InputError(f"--{'prompt_file' if prompt_file else 'num_prompts' if num_prompts else 'out_dir'} is of no use where you type. Choose --mode generate or --mode classify.")
+        flag = "prompt_file" if prompt_file else "num_prompts" if num_prompts else "out_dir"
+        raise InputError(f"--{flag} is of no use where you type. Choose --mode generate or --mode classify.")
     if mode == "interactive": return interact(model, tokenizer, prompt, top, seed)
     if prompt and (prompt_file or num_prompts): raise InputError("Give one of --prompt, and --prompt_file or --num_prompts.")
     if prompt_share is None: prompt_share = 1.0 if classify else 0.5
@@ -406,19 +413,26 @@ def infer(
     whole, fields = [], [{}]
     if prompt_file or num_prompts:
         most = num_prompts or (None if classify else 6)
-        whole, fields = read_sequences(prompt_file, model_path, tokenizer, most, prompt_share, model.config.n_positions, skip_bad_lines, cache_dir)
-        if len(whole) == most != num_prompts: print(f"Only the first {most} sequences of {prompt_file}; take more with --num_prompts.", file=sys.stderr)
+        room = prompt_share, model.config.n_positions
+        whole, fields = read_sequences(prompt_file, model_path, tokenizer, most, *room, skip_bad_lines, cache_dir)
+        if len(whole) == most != num_prompts:
+            print(f"Only the first {most} sequences of {prompt_file}; take more with --num_prompts.", file=sys.stderr)
     ours = ("prediction", "probabilities") if classify else ("given", "finished")
     if taken := out_dir and next((name for other in fields for name in ours if name in other), None):
-        raise InputError(f"{prompt_file}: a line has a field {taken!r} of its own, which {written} has for what the model says. Rename it.")
+        raise InputError(f"{prompt_file}: a line has a field {taken!r} of its own, "
+                         f"which {written} has for what the model says. Rename it.")
     prompts = [s[:int(prompt_share*len(s))] for s in whole] or [prompt]
     if classify: return print_labels(model, tokenizer, prompts, top, out_dir and written, fields)
-    samples = generate(model, tokenizer, prompts, num_samples, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, guidance=guidance, min_new_tokens=min_new_tokens)
+    samples = generate(model, tokenizer, prompts, num_samples, max_new_tokens, temperature, top_k, top_p,
+                       repetition_penalty, seed, guidance=guidance, min_new_tokens=min_new_tokens)
     if out_dir:
         rows = [[Sample(s, 0, True), *samples[k*num_samples:(k + 1)*num_samples]] for k, s in enumerate(whole)] # the whole one first
-        print(write_samples(samples, tokenizer, out_dir, sum(rows, []), num_samples + 1 if rows else 10, [other for other in fields for _ in range(num_samples)]), file=sys.stderr)
-    if cut := sum(not s.finished and len(s.tokens) + 1 == model.config.n_positions for s in samples):
-        print(f"{cut:,} of {len(samples):,} sequence{'s'[:len(samples) != 1]} cut off: the model has {model.config.n_positions:,} positions.", file=sys.stderr)
+        others = [other for other in fields for _ in range(num_samples)]
+        said = write_samples(samples, tokenizer, out_dir, sum(rows, []), num_samples + 1 if rows else 10, others)
+        print(said, file=sys.stderr)
+    positions, number = model.config.n_positions, f"{len(samples):,} sequence{'s'[:len(samples) != 1]}"
+    if cut := sum(not s.finished and len(s.tokens) + 1 == positions for s in samples):
+        print(f"{cut:,} of {number} cut off: the model has {positions:,} positions.", file=sys.stderr)
     for s in samples: print(*s.tokens)
 
 # %% ../nbs/10_cli.ipynb #2956fa53
@@ -437,13 +451,16 @@ def print_labels(
     from seqgpt.data import write_lines
     from seqgpt.inference import encode_sequences
     ids = encode_sequences(model, tokenizer, prompts)
-    if min(map(len, ids)) < 3: raise InputError("Nothing to classify. Give a sequence with --prompt, or several with --prompt_file or --num_prompts.")
+    if min(map(len, ids)) < 3:
+        raise InputError("Nothing to classify. Give a sequence with --prompt, "
+                         "or several with --prompt_file or --num_prompts.")
     labels = [model.config.id2label[k] for k in range(model.config.num_labels)]
     found = [dict(sorted(zip(labels, p.tolist()), key=lambda pair: -pair[1])) for p in softmax(predict(model, tokenizer, ids), axis=1)]
     def row(other, ids, p):
         best, truth = next(iter(p)), other.get("label")
-        prediction = best if truth is None or isinstance(truth, str) else literal(best) # comparable with a label that is a number
-        return other | {"tokens": tokenizer.convert_ids_to_tokens(ids[1:-1]), "prediction": prediction, "probabilities": p}
+        prediction = best if truth is None or isinstance(truth, str) else literal(best) # for a label that is a number
+        tokens = tokenizer.convert_ids_to_tokens(ids[1:-1])
+        return other | {"tokens": tokens, "prediction": prediction, "probabilities": p}
     if path: write_lines(path, map(row, fields or [{}]*len(ids), ids, found))
     for p in found: print(*(f"{label} {share:.2%}" for label, share in list(p.items())[:top]), sep="\t")
 

@@ -346,7 +346,8 @@ def read_rows(span, progress, process, processes, columns):
         rows, most = sum(g.num_rows for g in groups), max((g.column(k).num_values for g in groups for k in range(g.num_columns)), default=0)
         batch = max(1, min(1000, 2**20 * rows // max(1, most * len(groups)))) # rows of about a million symbols
         number = 0
-        for table in file.iter_batches(batch, [*range(span.start, span.stop)], columns and [k for k in columns if k in file.schema_arrow.names]):
+        columns = columns and [k for k in columns if k in file.schema_arrow.names]
+        for table in file.iter_batches(batch, [*range(span.start, span.stop)], columns):
             wanted = range((process - number - 1) % processes, len(table), processes)
             for k, row in zip(wanted, (table if processes == 1 else table.take(pa.array(wanted, pa.int64()))).to_pylist()): yield number + k + 1, {name: v for name, v in row.items() if v is not None}
             number += len(table)

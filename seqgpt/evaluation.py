@@ -44,7 +44,9 @@ def token_scores(
     truth = batch.pop("labels")[:, 1:]
     with torch.inference_mode(): logits = model(**batch).logits[:, :-1].float()
     nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), truth, ignore_index=-100, reduction="none").double()
-    if not nats.isfinite().all(): raise InputError("The loss of the model is not finite: it is damaged, or its training diverged. Take another copy, or train again: seqgpt train with a lower --learning_rate.")
+    if not nats.isfinite().all():
+        raise InputError("The loss of the model is not finite: it is damaged, or its training diverged. "
+                         "Take another copy, or train again: seqgpt train with a lower --learning_rate.")
     nats[truth == -100] = torch.nan
     confidence, guess = logits.softmax(-1).max(-1)
     return nats.cpu().numpy(), (guess == truth).cpu().numpy(), confidence.cpu().numpy()
@@ -56,7 +58,7 @@ def score_sequences(
     sequences, # Symbols or ids, see `encode_sequences`
     batch_size: int = 16, # Sequences at once
 ) -> list[np.ndarray]: # For each sequence, the loss in nats of each of its symbols and of `<eos>`
-    "How well each of some sequences is predicted; raises `InputError` for unknown symbols, and for sequences that are too long."
+    "How well each sequence is predicted; raises `InputError` for unknown symbols, and for sequences that are too long."
     if batch_size < 1: raise InputError(f"batch_size is {batch_size}. It must be at least 1.")
     ids, found = encode_sequences(model, tokenizer, sequences), []
     for start in range(0, len(ids), batch_size):
@@ -508,7 +510,8 @@ def plot_evaluation(
     return fig
 
 # %% ../nbs/06_evaluation.ipynb #8fce70c1
-OTHER_DATA = "Name other sequences: seqgpt evaluate --data_path, seqgpt export --data_path or seqgpt infer --prompt_file."
+OTHER_DATA = ("Name other sequences, with seqgpt evaluate --data_path, seqgpt export --data_path "
+              "or seqgpt infer --prompt_file.")
 
 def training_split(
     model_path: str | Path, # A folder such as outputs/best_model
@@ -522,12 +525,14 @@ def training_split(
         config = replace(model_config(model_path), cache_dir=cache_dir)
         check_config(config)
         corpus, split = load_data(config, tokenizer)
-    except InputError as e: raise InputError(f"{e}\nThat is what seqgpt train would say now of the data of this model. {OTHER_DATA}") from e
+    except InputError as e:
+        raise InputError(f"{e}\nThat is what seqgpt train would say now of the data of this model. {OTHER_DATA}") from e
     if written.exists() and read_json(written, most=2**33).get("fingerprint") != corpus.report["fingerprint"]:
         if (config.split == "content" or config.streaming) and not config.validation_path:
             tqdm.write(f"{config.data_path}: has changed since the training; each sequence is on the side where it was, and what is new on its own.")
             return split
-        raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same.\n{OTHER_DATA}")
+        raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same."
+                         f"\n{OTHER_DATA}")
     return split
 
 # %% ../nbs/06_evaluation.ipynb #83184521
@@ -564,7 +569,8 @@ def evaluation_data(
         config = model_config(model_path)
         dataset, path = split.validation, config.validation_path or config.data_path
     else:
-        other = read_corpus(data_path, tokenizer, max_length, long="truncate", skip_bad_lines=skip_bad_lines, classes=classes, cache_dir=cache_dir)
+        how = dict(skip_bad_lines=skip_bad_lines, classes=classes, cache_dir=cache_dir)
+        other = read_corpus(data_path, tokenizer, max_length, long="truncate", **how)
         tqdm.write(str(other))
         if split and isinstance(split.train, Dataset) and (known := given_split(split.train, other.dataset).shared): tqdm.write(f"{known:,} of them stand in the training set.")
         dataset, path = other.dataset, data_path

@@ -195,7 +195,8 @@ class OnnxDecoder(Decoder):
             self.bound = there if in_place else None
         place, new, logits = torch.arange(total), torch.arange(ids.shape[1]), torch.empty(*ids.shape, self.model.config.vocab_size)
         mask = (place >= self.padding[:, None]) & (place < past + ids.shape[1])
-        given = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": (past + new - self.padding[:, None]).clamp(0, self.model.config.n_positions - 1)}
+        positions = (past + new - self.padding[:, None]).clamp(0, self.model.config.n_positions - 1)
+        given = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
         self.bind("input", given)
         self.bind("output", {"logits": logits})
         self.model.session.run_with_iobinding(self.binding)
@@ -384,7 +385,8 @@ def export_folder(
         model, tokenizer = load_folder(model_path)
         task, size = task_of(model_path), (model_path/"model.safetensors").stat().st_size
         number = model.config.label2id if task == "classification" else None
-        try: data = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, classes=number and list(number), cache_dir=cache_dir)[0]
+        how = dict(skip_bad_lines=skip_bad_lines, classes=number and list(number), cache_dir=cache_dir)
+        try: data = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, **how)[0]
         except InputError as e:
             if data_path: raise
             data = tqdm.write(f"{e}\nGoing on without a measure of quality.")

@@ -70,12 +70,13 @@ def near_miss(
 
 def encode_prompt(
     tokenizer, # Of the model
-    prompt: str | list[str] = "", # Symbols, as a list or as text, see `split_symbols`; empty: the beginning of a sequence
+    prompt: str | list[str] = "", # Symbols, a list or text, see `split_symbols`; empty: the beginning of a sequence
 ) -> list[int]: # Ids, `<bos>` first
     "The ids of a prefix; raises `InputError` for unknown symbols."
     symbols = split_symbols(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     other = next((s for s in symbols if not isinstance(s, str)), None)
-    if other is not None: raise InputError(f"The prompt holds {other!r}. It must be a list of symbols, each a text, or one text with spaces between them.")
+    if other is not None:
+        raise InputError(f"The prompt holds {other!r}. It must be a list of symbols, or text with spaces between them.")
     ids = look_up(tokenizer, symbols)
     bos, unk, ends = tokenizer.bos_token_id, tokenizer.unk_token_id, (tokenizer.pad_token_id, tokenizer.eos_token_id)
     for k, (s, i) in enumerate(zip(symbols, ids), 1):
@@ -101,14 +102,19 @@ def encode_sequences(
     sequences, # An iterable of sequences: symbols, as for `encode_sequence`, or ids, which are taken as they are
     first: int = 1, # Number of the first one, for messages
 ) -> list[list[int]]: # Ids
-    "The ids of whole sequences; raises `InputError` for unknown symbols, and where one is longer than `model` can take."
-    if isinstance(sequences, str): raise InputError(f"{sequences[:40]!r} is one sequence. Give a list of sequences, even of one.")
+    "The ids of whole sequences; raises `InputError` for unknown symbols, and for more tokens than `model` can take."
+    if isinstance(sequences, str):
+        raise InputError(f"{sequences[:40]!r} is one sequence. Give a list of sequences, even of one.")
     found, most = [], model.config.n_positions
     for k, sequence in enumerate(sequences, first):
-        try: ids = encode_sequence(tokenizer, sequence) if len(sequence) == 0 or isinstance(sequence[0], str) else sequence
-        except InputError as e: raise InputError(str(e).replace("the prompt", f"sequence {k}", 1).replace("cannot be continued", "cannot stand there", 1)) from None
+        symbols = len(sequence) == 0 or isinstance(sequence[0], str)
+        try: ids = encode_sequence(tokenizer, sequence) if symbols else sequence
+        except InputError as e:
+            said = str(e).replace("the prompt", f"sequence {k}", 1)
+            raise InputError(said.replace("cannot be continued", "cannot stand there", 1)) from None
         if len(ids) > most:
-            raise InputError(f"Sequence {k} has {len(ids):,} tokens, {tokenizer.bos_token} and {tokenizer.eos_token} included, but the model has {most:,} positions.")
+            frame = f"{tokenizer.bos_token} and {tokenizer.eos_token} included"
+            raise InputError(f"Sequence {k} has {len(ids):,} tokens, {frame}, but the model has {most:,} positions.")
         found.append(ids)
     return found
 
@@ -129,9 +135,10 @@ def next_tokens(
 ) -> list: # Pairs of symbol and probability, the most probable first; of several prefixes a list of such lists
     "The most probable next symbols."
     if not isinstance(prompt, str):
-        if any(isinstance(p, (list, tuple)) for p in prompt): return [next_tokens(model, tokenizer, p, top) for p in prompt]
+        if any(isinstance(p, (list, tuple)) for p in prompt):
+            return [next_tokens(model, tokenizer, p, top) for p in prompt]
         if several := next((p for p in prompt if isinstance(p, str) and len(p.split()) != 1), None):
-            raise InputError(f"{several!r} is not one symbol. Give several prefixes as lists of symbols: [['a', 'b'], ['c']].")
+            raise InputError(f"{several!r} is not one symbol. Give several prefixes as lists: [['a', 'b'], ['c']].")
     return likeliest(tokenizer, next_logits(model, encode_prompt(tokenizer, prompt)), top)
 
 def likeliest(
@@ -203,8 +210,9 @@ class Decoder:
         sequences, tokens = ids.shape
         if self.padding is None: self.padding = ids.new_zeros(sequences)
         place, cache = torch.arange(tokens, device=ids.device) - self.padding[:, None], DynamicCache(config=self.model.config)
-        positions = place.clamp(0, self.model.config.n_positions - 1) # a sequence that has ended may go on beyond the last one
-        logits = self.model(ids, attention_mask=(place >= 0).long(), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        positions = place.clamp(0, self.model.config.n_positions - 1) # one that has ended may be beyond the last
+        how = dict(attention_mask=(place >= 0).long(), position_ids=positions, past_key_values=cache, use_cache=True)
+        logits = self.model(ids, **how, logits_to_keep=1).logits[:, -1]
         if self.use_cache:
             self.length = tokens
             self.kept = [t.contiguous() for layer in cache.layers for t in (layer.keys.transpose(2, 3), layer.values)]
@@ -219,7 +227,8 @@ class Decoder:
         place = torch.arange(total, device=token.device)
         mask = torch.zeros(sequences, total, dtype=gpt.wte.weight.dtype, device=token.device).masked_fill((place < self.padding[:, None]) | (place > last), -torch.inf).repeat_interleave(heads, 0)[:, None]
         norm = lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, gpt.ln_f.eps)
-        x = F.embedding(token, gpt.wte.weight) + F.embedding((at - self.padding).clamp(max=len(gpt.wpe.weight) - 1), gpt.wpe.weight)
+        position = (at - self.padding).clamp(max=len(gpt.wpe.weight) - 1) # as above
+        x = F.embedding(token, gpt.wte.weight) + F.embedding(position, gpt.wpe.weight)
         for block, (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), keys, values in zip(gpt.h, self.layers, self.kept[::2], self.kept[1::2]):
             q, k, v = linear(norm(x, *ln_1), *c_attn).view(sequences, 3, heads, -1).unbind(1)
             keys[rows, :, :, at], values[rows, :, at] = k, v
@@ -298,7 +307,8 @@ def stream(
         chosen = choose(ids, logits_behind(ids) if logits is None else logits).where(running, tokenizer.pad_token_id)
         yield chosen
         logits, tokens = None, tokens + 1
-        ids, running = torch.cat([ids, chosen[:, None]], 1), running & (chosen != tokenizer.eos_token_id) & (tokens < room)
+        ids = torch.cat([ids, chosen[:, None]], 1)
+        running = running & (chosen != tokenizer.eos_token_id) & (tokens < room)
 
 # %% ../nbs/05_inference.ipynb #3e3cb8db
 @dataclass
@@ -349,29 +359,39 @@ def generate(
     "Continues each prefix; raises `InputError` for impossible options and prefixes that are too long."
     for name, value, fine, rule in (
             ("num_samples", num_samples, num_samples >= 1, "at least 1"), ("max_new_tokens", max_new_tokens, max_new_tokens is None or max_new_tokens >= 1, "at least 1"),
-            ("min_new_tokens", min_new_tokens, 0 <= min_new_tokens <= (max_new_tokens or min_new_tokens), "0 or more, and at most max_new_tokens"),
+            ("min_new_tokens", min_new_tokens, 0 <= min_new_tokens <= (max_new_tokens or min_new_tokens),
+             "0 or more, and at most max_new_tokens"),
             ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"), ("top_k", top_k, top_k >= 0, "0 or more"),
             ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"), ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "more than 0"),
             ("guidance", guidance, 0 <= guidance < float("inf"), "0 or more"), ("seed", seed, seed is None or 0 <= seed < 2**63, "0 or more, below 2**63")):
         if not fine: raise InputError(f"{name} is {value}. It must be {rule}.")
-    if isinstance(prompts, str): raise InputError(f"{prompts[:40]!r} is one prompt. Give a list of prompts, even of one.")
+    if isinstance(prompts, str):
+        raise InputError(f"{prompts[:40]!r} is one prompt. Give a list of prompts, even of one.")
     starts, positions = [encode_prompt(tokenizer, p) for p in prompts], model.config.n_positions
     for k, ids in enumerate(starts, 1):
         if len(ids) >= positions:
-            raise InputError(f"Prompt {k} has {len(ids):,} tokens, {tokenizer.bos_token} included; with {positions:,} positions there is no room to continue it.")
-        if guidance != 1 and len(ids) < 2: raise InputError("guidance is about the first symbol of a prefix, such as a label, and there is a prefix without symbols. Give one, or leave guidance out.")
+            raise InputError(f"Prompt {k} has {len(ids):,} tokens, {tokenizer.bos_token} included; "
+                             f"with {positions:,} positions there is no room to continue it.")
+        if guidance != 1 and len(ids) < 2:
+            raise InputError("guidance is about the first symbol of a prefix, such as a label, "
+                             "and there is a prefix without symbols. Give one, or leave guidance out.")
     wanted = defaultdict(list) # for each distinct prefix, the numbers of its samples
     for k, ids in enumerate(starts): wanted[tuple(ids)] += range(k*num_samples, (k + 1)*num_samples)
-    groups, samples = [[*wanted][k:k + batch_size] for k in range(0, len(wanted), batch_size)], [None]*(len(starts)*num_samples)
+    samples = [None]*(len(starts)*num_samples)
+    groups = [[*wanted][k:k + batch_size] for k in range(0, len(wanted), batch_size)]
     asked = [[(row, k) for row, p in enumerate(group) for k in wanted[p]] for group in groups]
     most = max((min(positions - len(p), max_new_tokens or positions) for p in wanted), default=0)
-    with torch.random.fork_rng(enabled=seed is not None), tqdm(total=most*sum(-(-len(a) // batch_size) for a in asked), desc="Generating", unit="token", delay=2, leave=False) as bar:
+    batches = sum(-(-len(pairs) // batch_size) for pairs in asked)
+    progress = tqdm(total=most*batches, desc="Generating", unit="token", delay=2, leave=False)
+    with torch.random.fork_rng(enabled=seed is not None), progress as bar:
         if seed is not None: torch.manual_seed(seed)
         for group, pairs in zip(groups, asked):
             ids, padding = pad_left(tokenizer, group, model.device)
             room = (positions - ids.shape[1] + padding).clamp(max=max_new_tokens or positions)
-            choose = chooser(tokenizer, temperature, top_k, top_p, repetition_penalty, min_new_tokens and ids.shape[1] + min_new_tokens)
-            prefixes = decoder_for(model)(model, padding, use_cache) if guidance == 1 else Guided(model, tokenizer, padding, guidance, use_cache)
+            min_length = min_new_tokens and ids.shape[1] + min_new_tokens
+            choose = chooser(tokenizer, temperature, top_k, top_p, repetition_penalty, min_length)
+            if guidance == 1: prefixes = decoder_for(model)(model, padding, use_cache)
+            else: prefixes = Guided(model, tokenizer, padding, guidance, use_cache)
             logits = prefixes(ids) # of each distinct prefix once
             for start in range(0, len(pairs), batch_size):
                 some, added, end = pairs[start:start + batch_size], [], bar.n + most
@@ -379,7 +399,8 @@ def generate(
                 for tokens in stream(prefixes.select(rows), ids[rows], choose, tokenizer, room[rows], logits[rows]):
                     added.append(tokens)
                     bar.update()
-                for (row, k), new in zip(some, torch.stack(added, 1).tolist()): samples[k] = decode_sample(tokenizer, list(group[row]), new[:room[row]])
+                for (row, k), new in zip(some, torch.stack(added, 1).tolist()):
+                    samples[k] = decode_sample(tokenizer, list(group[row]), new[:room[row]])
                 bar.update(end - bar.n)
     vocab = tokenizer.get_vocab()
     for s in samples: s.vocab = vocab
