@@ -110,18 +110,22 @@ def find_specials(
     **named: str | None, # Symbols named by the user: `pad_token`, `bos_token`, `eos_token`, `unk_token`
 ) -> dict[str, str]: # The symbol for each of the four
     "The four special tokens of `vocab`; raises `InputError` where one is missing, ambiguous or shared."
-    found, problems, lacking = {}, [], {}
+    found, lacking, problems = {}, [], []
     for role, names in SPECIALS.items():
         spellings = re.compile(r"(<\|?|\[|__)(%s)(\|?>|\]|__)" % "|".join(names), re.I)
-        bare = names[0].upper()
-        hits = [named[role]] if named.get(role) else [s for s in vocab if spellings.fullmatch(s)]
+        bare, asked = names[0].upper(), named.get(role)
+        hits = [asked] if asked else [s for s in vocab if spellings.fullmatch(s)]
         hits = hits or [s for s in (bare, f"{bare}_None") if s in vocab]
-        if not hits or hits[0] not in vocab: lacking[role] = hits[0] if hits else f"<{names[0]}>"
-        elif len(hits) == 1: found[role] = hits[0]
-        else: problems.append(f"{len(hits)} symbols could be the {role}: {', '.join(hits)}. Choose with --{role}.")
+        if not hits: lacking.append(role)
+        elif len(hits) > 1:
+            problems.append(f"{len(hits)} symbols could be the {role}: {', '.join(hits)}. Choose with --{role}.")
+        elif asked and asked not in vocab:
+            problems.append(f"{asked!r}, named as the {role}, is not in it. Add it, or name yours with --{role}.")
+        else: found[role] = hits[0]
     if lacking:
-        lines = ", ".join(f"{json.dumps(s)}: {i}" for i, s in enumerate(dict.fromkeys(lacking.values()), len(vocab)))
-        problems.append(f"no {' and no '.join(lacking)} in it. Add {lines}, or name yours with --{' and --'.join(lacking)}.")
+        lines = ", ".join(f'"<{SPECIALS[role][0]}>": {i}' for i, role in enumerate(lacking, len(vocab)))
+        flags = " and ".join(f"--{role}" for role in lacking)
+        problems.append(f"no {' and no '.join(lacking)} in it. Add {lines}, or name yours with {flags}.")
     if problems: raise InputError(f"{where}: {' '.join(problems)}")
     if len(set(found.values())) < 4:
         raise InputError(f"{where}: the special tokens must be four different symbols, but they are {found}. "

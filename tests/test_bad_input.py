@@ -12,8 +12,10 @@ import os
 import resource
 import shutil
 import signal
+import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seqgpt import classification, cli, config, training # noqa: F401 so that memory is that of the input
-from seqgpt.tokenizer import InputError
+from seqgpt.data import BadLine, symbol_ids
+from seqgpt.tokenizer import InputError, unknown_symbol_hint
 
 GOOD = [{"tokens": NOTES[k % 5:] + NOTES[:k % 3], "label": NAMES[k % 2]} for k in range(40)]
 TRAIN = ["train", "--data_path", "data.jsonl", "--max_length", 16, "--max_steps", 1, *TINY]
@@ -117,7 +120,7 @@ LINES = {
     # empty
     "no tokens in the list": (b'{"tokens": []}', "empty sequence"), "empty text": (b'{"text": ""}', "empty sequence"), "white text": (b'{"text": " \\n\\t "}', "empty sequence"), "no ids": (b'{"input_ids": []}', "empty sequence"), "empty sequence": (b'{"sequence": []}', "empty sequence"),
     # unknown tokens
-    "unknown": (b'{"tokens": ["H4"]}', "unknown token"), "lower case": (b'{"text": "c4"}', "unknown token"), "glued": (b'{"text": "C4D4"}', "unknown token"), "an empty token": (b'{"tokens": [""]}', "unknown token"), "with a space": (b'{"tokens": ["C4 "]}', "unknown token"), "with NUL": (b'{"tokens": ["C4\\u0000"]}', "unknown token"),
+    "unknown": (b'{"tokens": ["H4"]}', "unknown token"), "lower case": (b'{"text": "c4"}', "'c4': the vocabulary has 'C4'"), "glued": (b'{"text": "C4D4"}', "unknown token"), "an empty token": (b'{"tokens": [""]}', "unknown token"), "with a space": (b'{"tokens": ["C4 "]}', "unknown token"), "with NUL": (b'{"tokens": ["C4\\u0000"]}', "unknown token"),
     "with an escape": (b'{"tokens": ["\\u001b[2J"]}', "unknown token"), "null token": (b'{"tokens": [null]}', "unknown token"), "number token": (b'{"tokens": [4]}', "quote it"), "real token": (b'{"tokens": [4.5]}', "unknown token"), "NaN token": (b'{"tokens": [NaN]}', "unknown token"), "true token": (b'{"tokens": [true]}', "unknown token"),
     "list token": (b'{"tokens": [["C4"]]}', "unknown token"), "object token": (b'{"tokens": [{"C4": 4}]}', "unknown token"), "half a character": (b'{"tokens": ["\\ud800"]}', "unknown token"), "right to left": ('{"tokens": ["\u202eC4"]}'.encode(), "unknown token"), "like C": ('{"tokens": ["С4"]}'.encode(), "unknown token"),
     "a megabyte": (line(tokens=["C4" * 2**19]), "unknown token"), "token of 4,000 digits": (b'{"tokens": [' + b"9" * 4000 + b"]}", "unknown token"), "many unknown": (line(tokens=["H4"] * 100_000), "unknown token"),
@@ -233,7 +236,10 @@ VOCABS = {
     "id -1": ('{"a": -1, "b": 0}', ["-1 is out of range"]), "id 2**64": (f'{{{four}, "a": 18446744073709551616}}', ["4 is missing"]), "gap": ('{"a": 0, "b": 2}', ["1 is missing"]), "from 1": ('{"a": 1, "b": 2}', ["0 is missing"]), "same id": ('{"a": 0, "b": 0}', ["id 0 appears 2 times"]), "same symbol": ('{"a": 0, "a": 1}', ["symbol 'a' appears 2 times"]), "same pair": ('{"a": 0, "a": 0}', ["appears 2 times"]),
     "empty symbol": ('{"": 0}', ["is empty"]), "space": ('{"a b": 0}', ["white space"]), "newline": ('{"a\\n": 0}', ["white space"]), "wide space": ('{"a\u3000b": 0}', ["white space"]), "line separator": ('{"a\\u2028": 0}', ["white space"]), "NUL symbol": ('{"a\\u0000": 0}', ["control character"]), "escape symbol": ('{"\\u001b[2J": 0}', ["control character", "\\x1b"]), "C1": ('{"\\u009b2J": 0}', ["control character"]),
     "half a character": ('{"\\ud800": 0}', ["half a character"]), "a long symbol": (order(["x" * 10**6, " "]), ["white space"]), "a long wrong one": (order(["\0" * 10**5]), ["control character"]), "Latin-1": ('{"é": 0}'.encode("latin-1"), ["vocab.json: is not text in UTF-8 (byte 2)"]), "UTF-16": ('{"a": 0}'.encode("utf-16"), ["not text in UTF-8"]), "random": (bytes(range(256)), ["not text in UTF-8"]), "gzip": (gzip.compress(b"{}"), ["not text in UTF-8"]),
-    "no padding": (order(["<bos>", "<eos>", "<unk>", *NOTES]), ["pad_token", "--pad_token"]), "no bos": (order(["<pad>", "<eos>", "<unk>", *NOTES]), ["bos_token", "--bos_token"]), "no eos": (order(["<pad>", "<bos>", "<unk>", *NOTES]), ["eos_token"]), "no unk": (order(["<pad>", "<bos>", "<eos>", *NOTES]), ["unk_token", "--unk_token"]), "two paddings": (order(["<pad>", "[PAD]", "<bos>", "<eos>", "<unk>"]), ["2 symbols could be the pad_token", "--pad_token"]), "two ends": (order(["<pad>", "<bos>", "<eos>", "</s>", "<unk>"]), ["2 symbols could be"]),
+    "no padding": (order(["<bos>", "<eos>", "<unk>", *NOTES]), ["pad_token", "--pad_token"]), "no bos": (order(["<pad>", "<eos>", "<unk>", *NOTES]), ["bos_token", "--bos_token"]), "no eos": (order(["<pad>", "<bos>", "<unk>", *NOTES]), ["eos_token"]), "no unk": (order(["<pad>", "<bos>", "<eos>", *NOTES]), ["unk_token", "--unk_token"]),
+    "no unk of MidiTok": (order(["PAD_None", "BOS_None", "EOS_None", *NOTES]), ["no unk_token in it", f'Add "<unk>": {len(NOTES) + 3}, or name yours with --unk_token.']), "none of four, and names that may be symbols": (order(["s", "end", "Start", "pad", "unk"]), ['Add "<pad>": 5, "<bos>": 6, "<eos>": 7, "<unk>": 8, or name', "--pad_token and --bos_token and --eos_token and --unk_token"]),
+    "one of each mistake": (order(["<bos>", "[BOS]", "EOS", *NOTES]), ["2 symbols could be the bos_token: <bos>, [BOS]", "no pad_token and no unk_token in it"]),
+    "two paddings": (order(["<pad>", "[PAD]", "<bos>", "<eos>", "<unk>"]), ["2 symbols could be the pad_token", "--pad_token"]), "two ends": (order(["<pad>", "<bos>", "<eos>", "</s>", "<unk>"]), ["2 symbols could be"]),
     "dangling link": (lambda p: p.symlink_to("nowhere"), ["vocab.json: is no regular file"]), "link to a folder": (lambda p: p.symlink_to("."), ["is no regular file"]), "link to /dev/zero": (lambda p: p.symlink_to("/dev/zero"), ["is no regular file"]), "loop": (lambda p: p.symlink_to(p.name), ["is no regular file"]), "pipe": (os.mkfifo, ["is no regular file"]), "a folder": (Path.mkdir, ["is no regular file"]), "gone": (lambda p: None, ["no vocab.json there", "--vocab_path"]),
     "a terabyte": (lambda p: (p.touch(), os.truncate(p, 2**40)), ["vocab.json: is larger than 256 MiB"]), "a script": (b"#!/bin/sh\nrm -r /\n", ["not JSON"]), "YAML": ("a: 0\n", ["not JSON"]), "other symbols": (order(["<pad>", "<bos>", "<eos>", "<unk>", "H4"]), ["40 of 40 lines", "unknown token"]),
 }
@@ -244,6 +250,24 @@ def test_bad_vocabularies(name, corpus):
     content, words = VOCABS[name]
     put(corpus/"vocab.json", content.encode() if isinstance(content, str) else content)
     refuses(train, corpus, words)
+
+
+@pytest.mark.parametrize("has, found", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_the_same_letter_in_another_unicode_form(has, found):
+    vocab, line = {unicodedata.normalize(has, "r\u00e9"): 0}, {"text": unicodedata.normalize(found, "r\u00e9")}
+    with pytest.raises(BadLine) as e: symbol_ids(line, vocab)
+    assert f"the vocabulary has it in the Unicode form {has}; unicodedata.normalize({has!r}, text) gives that" in e.value.detail
+    assert symbol_ids({"text": unicodedata.normalize(has, line["text"])}, vocab) == [0]
+
+
+@pytest.mark.parametrize("symbol, hint", [("c#4", "the vocabulary has 'C#4'"), ("DO", "the vocabulary has 'Do'"), ("ＣX", ""), ("Ｄｏ", "NFKC"), ("AC", "put spaces between symbols"), ("A C", "white space"), ("", "is empty"),
+    (4, "quote it"), (np.int64(4), "quote it"), (4.5, "quote it"), (float("nan"), "a missing value"), (None, "a missing value"), (["A"], "a list, not text"), ("H4", ""), ("A"*10**6 + "H", "")], ids=lambda v: repr(v)[:20])
+def test_hints_without_a_look_at_the_whole_vocabulary(symbol, hint):
+    class Vocab(dict):
+        def __iter__(self): raise AssertionError("looks at all symbols")
+        items = values = __iter__
+    said = unknown_symbol_hint(symbol, Vocab({"C#4": 0, "Do": 1, "A": 2, "C": 3}))
+    assert hint in said and bool(said) == bool(hint)
 
 
 # --- settings

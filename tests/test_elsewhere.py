@@ -1,7 +1,10 @@
 "The saved folders in other programs; what needs an environment of its own: pytest -m slow"
 import ast
+import inspect
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, VOCAB
-from transformers import AutoModelForCausalLM, GPT2ForSequenceClassification, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2ForSequenceClassification, GPT2Tokenizer, TextStreamer, pipeline
 
 from seqgpt.model import make_config, new_model
-from seqgpt.tokenizer import make_tokenizer, save_tokenizer
+from seqgpt.tokenizer import any_of, framing, load_tokenizer, make_tokenizer, save_tokenizer
 
 
 def environment(folder, *packages):
@@ -49,6 +52,90 @@ def continued(model, ids, new=256):
     "Greedily."
     return model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False)[0, len(ids):].tolist()
 
+# --- the tokenizer
+
+SYMBOLS = [ # in and next to each other, of all scripts, and with what regular expressions, other tokenizers and shells take for theirs
+    *"a b A x - + * . , # | ( ) ^ $ ? _ \\ ' 0 1 日 本 é 🎵 👩 Ġ ▁ ß İ ي � Ａ ﬁ".split(), "e\u0301", "\u0301", "\u200b", "\u200d", "\ufeff", "\U0010ffff",
+    *"ab abab CA a-b C# #C (+ .* a|b [a] {2} \\S a\\ a'b _a a_ ## ##x Ġa ▁x 日本 🎵🎵 👩\u200d💻 r1c2 r1c20 r1c2-x 12 12,34 code:1 code:12".split(),
+    *"ICD10 // ICD10//A001.2 <0x0A> <unk <unk>x unk> [UNK]] $A :1 $A:1 s end PAD".split()]
+SPACES = [" ", "  ", "\n", "\t", "\r\n", " \u3000", "\xa0", "\u2028"]
+
+
+@pytest.fixture(scope="module")
+def odd_texts(tmp_path_factory):
+    "Folders of tokenizers, each with texts, their ids by a plain dictionary, and the symbols in them that it knows."
+    rng, out = random.Random(0), []
+    for _ in range(24):
+        specials = rng.choice([["<pad>", "<bos>", "<eos>", "<unk>"], ["[PAD]", "<s>", "</s>", "[UNK]"], ["__pad__", "<|start|>", "<|end|>", "<|unk|>"]])
+        symbols = specials + rng.sample(SYMBOLS, rng.randint(1, len(SYMBOLS)))
+        rng.shuffle(symbols)
+        vocab, texts = {s: i for i, s in enumerate(symbols)}, []
+        save_tokenizer(make_tokenizer(vocab), folder := tmp_path_factory.mktemp("tokenizer"))
+        for _ in range(30):
+            glued = ["".join(rng.choices(symbols + SYMBOLS, k=rng.randint(2, 3))) for _ in range(3)]
+            some = rng.choices([*symbols*2, *SYMBOLS, *glued*9], k=rng.randint(0, 9))
+            text = "".join(s + rng.choice(SPACES) for s in some)
+            texts.append((text if rng.random() < .5 else text.strip(), [vocab.get(s, vocab[specials[3]]) for s in some], [s for s in some if s in vocab]))
+        out.append((str(folder), vocab, specials, texts))
+    return out
+
+
+def check(folders):
+    "Also run in other versions."
+    for folder, vocab, specials, texts in folders:
+        auto, gpt2 = AutoTokenizer.from_pretrained(folder), GPT2Tokenizer.from_pretrained(folder)
+        for text, want, known in texts:
+            ids = [vocab[s] for s in known]
+            assert auto(text)["input_ids"] == want, (text, want)
+            assert auto(" ".join(known))["input_ids"] == gpt2(" ".join(known))["input_ids"] == ids, known
+            assert auto.decode(ids) == " ".join(known) and auto.convert_ids_to_tokens(ids) == known and auto.convert_tokens_to_ids(known) == ids
+            assert auto.decode(ids, skip_special_tokens=True) == " ".join(s for s in known if s not in specials)
+        assert auto.batch_decode([vals for _, vals, _ in texts]) == [auto.decode(vals) for _, vals, _ in texts]
+
+
+def test_any_vocabulary_is_exact_both_ways(odd_texts):
+    check(odd_texts)
+    for folder, vocab, specials, texts in odd_texts: # a frame is taken away at the ends only
+        framed, (_, bos, eos, unk) = framing(load_tokenizer(folder)), specials
+        for text, _, _ in texts:
+            inner = text.split()
+            if len(inner) > 1 and inner[0] == bos: inner = inner[1:]
+            if len(inner) > 1 and inner[-1] == eos: inner = inner[:-1]
+            assert framed(text)["input_ids"] == [vocab[bos], *(vocab.get(s, vocab[unk]) for s in inner), vocab[eos]], text
+
+
+@pytest.mark.parametrize("symbols", [[f"code:{i}" for i in range(10_000)], [f"{i},34" for i in range(10_000)], [f"ICD10//A{i//10:04}.{i%10}" for i in range(10_000)],
+    [chr(0x4e00 + i//5) + "一二三四五"[i % 5] for i in range(10_000)]], ids=lambda s: s[0])
+def test_a_symbol_is_found_in_a_few_steps(symbols):
+    "One alternative after the other, 10,000 times 10,000 of them would be tried when the tokenizer is made."
+    groups, depth, most = [0], 0, 0 # alternatives in each group that is open
+    for c in re.sub(r"\\.", "", any_of(sorted(symbols), few=1)):
+        if c == "(": groups.append(1)
+        elif c == "|": groups[-1] += 1
+        elif c == ")": most = max(most, groups.pop())
+        depth = max(depth, len(groups))
+    assert depth < 30 and most == 2
+    few, found = {*symbols[::10]}, re.compile(any_of(sorted(symbols[::10]))) # Python's expressions are the judge
+    for text in (t for s in few for t in (s, s + "0", "x" + s, s[:-1], s[1:])): assert bool(found.fullmatch(text)) == (text in few), text
+
+
+def test_symbols_that_begin_with_each_other(tmp_path):
+    symbols = ["-"*k for k in range(1, 300)]
+    tokenizer = make_tokenizer({s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *symbols])})
+    assert tokenizer(" ".join([*symbols, "-"*300]))["input_ids"] == [*range(4, 303), 3]
+
+
+def test_text_goes_on_after_a_space(odd, capsys):
+    model, tokenizer, folder = odd
+    prompt = tokenizer("<s> a ab", return_tensors="pt")["input_ids"]
+    new = continued(model, prompt[0].tolist(), 20)
+    answer = pipeline("text-generation", str(folder))("<s> a ab ", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+    assert tokenizer(answer)["input_ids"] == [*prompt[0].tolist(), *(i for i in new if i not in tokenizer.all_special_ids)]
+    model.generate(prompt, max_new_tokens=20, do_sample=False, streamer=TextStreamer(tokenizer))
+    assert capsys.readouterr().out.strip() == tokenizer.decode([*prompt[0].tolist(), *new])
+
+
+# --- the model
 
 @pytest.mark.parametrize("version", [None, pytest.param("4.57", marks=pytest.mark.slow)])
 def test_ctranslate2_has_the_same_probabilities_and_tokens(odd, version, tmp_path):
@@ -78,6 +165,8 @@ TRANSFORMERS_4 = """
 import json, random, sys
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer, GPT2TokenizerFast
+CHECK
+check(json.load(sys.stdin))
 folder = sys.argv[1]
 vocab = json.load(open(folder + "/vocab.json"))
 auto, slow, fast = (c.from_pretrained(folder) for c in (AutoTokenizer, GPT2Tokenizer, GPT2TokenizerFast))
@@ -93,15 +182,17 @@ new = AutoModelForCausalLM.from_pretrained(folder).generate(ids, max_new_tokens=
 from transformers import pipeline
 pipe = pipeline("text-classification", sys.argv[2], top_k=None)
 texts = ["C4 D4 E4", "<bos> E4 D4 C4 <eos>"]
+answer = pipeline("text-generation", folder)("<bos> C4 E4 ", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+assert auto(answer)["input_ids"] == [i for k, i in enumerate(new[:7]) if k < 3 or i not in auto.all_special_ids]
 assert set(auto(text)) == {"input_ids", "attention_mask"} # no token types, which GPT-2 would add to the tokens
 print(json.dumps({"classes": [{p["label"]: p["score"] for p in pipe([t])[0]} for t in texts], "version": transformers.__version__, "logits": model(**auto("<bos> C4 E4", return_tensors="pt")).logits[0, -1].tolist(), "generated": new}))
 """
 
 
 @pytest.mark.slow
-def test_saved_folders_in_transformers_4(trained, classifier, tmp_path):
+def test_saved_folders_in_transformers_4(trained, classifier, odd_texts, tmp_path):
     python, folder = environment(tmp_path/"venv", "transformers==4.57.*"), trained/"outputs/best_model"
-    there = json.loads(subprocess.run([python, "-c", TRANSFORMERS_4, folder, classifier/"c/best_model"], check=True, capture_output=True, text=True).stdout)
+    there = json.loads(subprocess.run([python, "-c", TRANSFORMERS_4.replace("CHECK", inspect.getsource(check)), folder, classifier/"c/best_model"], input=json.dumps(odd_texts), check=True, capture_output=True, text=True).stdout)
     model, ids = AutoModelForCausalLM.from_pretrained(folder), [VOCAB[s] for s in ("<bos>", "C4", "E4")]
     assert there["version"].startswith("4.57")
     assert torch.allclose(model(torch.tensor([ids])).logits[0, -1], torch.tensor(there["logits"]), atol=1e-5)
