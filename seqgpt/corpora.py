@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from scipy import sparse
 
 from .config import plain, user_path
-from .data import corpus_files, label_symbols, read_lines, tqdm, whole_number, write_corpus, written_whole
+from .data import corpus_files, find_vocab, label_symbols, read_lines, tqdm, whole_number, write_corpus, written_whole
 from .tokenizer import InputError, read_json, read_vocab
 
 # %% ../nbs/02_corpora.ipynb #2f8db0cb
@@ -121,7 +121,7 @@ def load_images(
 ) -> np.ndarray: # (sequences, n, n), 0 (paper) to 1 (ink)
     "All the pictures in a folder of digit sequences."
     lines = (line for path in corpus_files(folder) for _, line in read_lines(path))
-    return to_images([json.loads(line)["tokens"] for line in lines], read_vocab(user_path(folder)/"vocab.json"))
+    return to_images([json.loads(line)["tokens"] for line in lines], read_vocab(find_vocab(folder)))
 
 # %% ../nbs/02_corpora.ipynb #422249ff
 class DigitJudge:
@@ -260,8 +260,9 @@ def make_markov(
     seed: int = 0, # Of the random tables
 ) -> MarkovSource:
     "A source with random tables; raises `InputError` for impossible sizes."
-    sizes = dict(order=order, branching=branching, symbols=symbols, classes=classes, min_length=min_length, max_length=max_length, seed=seed)
-    order, branching, symbols, classes, min_length, max_length, seed = (whole_number(v, name) for name, v in sizes.items())
+    order, branching = whole_number(order, "order"), whole_number(branching, "branching")
+    symbols, classes, seed = whole_number(symbols, "symbols"), whole_number(classes, "classes"), whole_number(seed, "seed")
+    min_length, max_length = whole_number(min_length, "min_length"), whole_number(max_length, "max_length")
     for name, value, fine, rule in (
             ("order", order, order in (1, 2), "be 1 or 2"), ("symbols", symbols, 2 <= symbols <= 20_000, "lie between 2 and 20,000"), ("classes", classes, 1 <= classes <= 10_000, "lie between 1 and 10,000"),
             ("branching", branching, order <= branching <= symbols, f"lie between {order} (with order {order}) and the {symbols} symbols"), ("difference", difference, 0 <= difference <= 1, "lie between 0 and 1"),
@@ -340,7 +341,8 @@ def write_markov(
     if num_sequences*source.max_length > 2**30: raise InputError(f"num_sequences ({num_sequences}) of up to max_length ({source.max_length}) tokens are more than 2**30 tokens, too many to draw at once. Lower one of them.")
     folder = user_path(folder)
     for name in ("source.json", "sequences.jsonl", "vocab.json"):
-        if (folder/name).exists(): raise InputError(f"{folder}/{name}: is there already. Choose another folder, or move it away.")
+        if (folder/name).exists():
+            raise InputError(f"{folder}/{name}: is there already. Choose another folder, or move it away.")
     sequences, labels = source.draw(num_sequences, seed)
     tables = {"successors": source.successors.tolist(), "probabilities": source.probabilities.tolist()}
     about = {"kind": "markov", "rule": RULE, "order": source.order, "min_length": source.min_length, "max_length": source.max_length, "symbols": source.symbols}

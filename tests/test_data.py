@@ -103,6 +103,8 @@ def test_a_label_is_a_name_however_it_is_written(encode, tmp_path):
     frame = pd.DataFrame({"tokens": [["C4"], ["D4"], ["E4"]], "label": [1, None, 2]}) # pandas makes floats of it
     frame.to_parquet(tmp_path/"a.parquet")
     assert encode(tmp_path/"a.parquet").dataset["label"][:] == ["1", None, "2"]
+    frame.rename(columns={"label": "labels"}).to_parquet(tmp_path/"b.parquet")
+    with pytest.raises(InputError, match="label missing: 3, at line 1 \\(no \"label\", but 'labels'\\)"): encode(tmp_path/"b.parquet", classes=[])
 
 
 def test_a_language_model_needs_no_labels_and_says_which_it_ignores(encode, tmp_path):
@@ -200,7 +202,7 @@ OTHER = { # what is not read, how it is called, and what is advised
     "a.xz": (lzma.compress(b"{}"), "compressed, but not with gzip", "Unpack"), "a.bz2": (bz2.compress(b"{}"), "compressed, but not with gzip", "Unpack"), "a.feather": (of_arrow(pa.ipc.new_file), "an Arrow or Feather file", "Parquet"), "a.arrow": (of_arrow(pa.ipc.new_stream), "an Arrow or Feather file", "Parquet"),
     "a.mid": (b"MThd\0\0\0\6", "a MIDI file", "MidiTok"), "a.pkl": (pickle.dumps([NOTES]), "a pickle", "write_corpus"), "twice": (gzip.compress(gzip.compress(b"{}")), "a gzip file, compressed with gzip", "Unpack"),
 }
-READ = {"one line": b'{"tokens": ["C4"]}', "a bad line first": b'oops, no\n{"tokens": ["C4"]}', "a bad list first": b'["C4", "D4"]\n{"tokens": ["C4"]}', "a header first": b'# mine\n\n {"text": "C4"}', "long": b'{"tokens": ["C4"' + b', "C4"'*9999 + b"]}", "a mark": b'\xef\xbb\xbf{"text": "C4"}', "half": b'{"tokens": ["C4"'}
+READ = {"one line": b'{"tokens": ["C4"]}', "a bad line first": b'oops, no\n{"tokens": ["C4"]}', "a bad list first": b'["C4", "D4"]\n{"tokens": ["C4"]}', "a header first": b'# mine\n\n {"text": "C4"}', "long": b'{"tokens": ["C4"' + b', "C4"'*9999 + b"]}", "a mark": b'\xef\xbb\xbf{"text": "C4"}', "half": b'{"tokens": ["C4"', "a brace": b"{"}
 
 
 @pytest.mark.parametrize("name", OTHER)
