@@ -123,7 +123,7 @@ def test_evaluate_says_what_it_cut_off_and_left_out(trained, tmp_path):
     ask = lambda *args: seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", "data.jsonl", *args, cwd=tmp_path, drawn=False)
     refused(ask("--out_dir", "e"), "1 of 3 lines", "--skip_bad_lines")
     result = ask("--out_dir", "e", "--skip_bad_lines")
-    assert result.returncode == 0 and "36 tokens cut off" in result.stdout and "1 bad lines left out" in result.stdout
+    assert result.returncode == 0 and "36 tokens cut off" in result.stdout and "1 bad line left out" in result.stdout
     refused(ask("--out_dir", "f", "--skip_bad_lines", "--batch_size", 0), "batch_size is 0")
 
 
