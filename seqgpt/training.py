@@ -561,7 +561,7 @@ tags: [gpt2, seqgpt]
 ---
 # A GPT-2 of {count_parameters(model)["all"]:,} parameters{what}, trained {f"from `{config.init_from}`" if config.init_from else "from scratch"}
 
-{counted(c.n_layer, 'layer')}, {counted(c.n_head, 'head')}, {counted(c.n_embd, 'dimension')}; {c.vocab_size:,} symbols, up to {c.n_positions:,} positions. Trained with seqgpt
+{counted(c.n_layer, 'layer')}, {counted(c.n_head, 'head')}, {counted(c.n_embd, 'dimension')}; {c.vocab_size} symbols, up to {c.n_positions} positions. Trained with seqgpt
 on `{config.data_path}`, validated on {f"`{config.validation_path}`" if config.validation_path else f"{config.validation_fraction:.0%} of it" + ", as far as they were read beforehand"*config.streaming}. All settings are in `config.yaml`.
 
 | on the validation set | |
