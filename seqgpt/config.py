@@ -73,8 +73,7 @@ def existing_data(
     "The path; raises `InputError` where nothing is there."
     path = user_path(path)
     if os.path.isfile(path) or os.path.isdir(path): return path
-    seen_from = f"seen from {Path.cwd()}. Check --data_path (or --prompt_file)."
-    raise InputError(f"{path}: no such file or folder, {seen_from}")
+    raise InputError(f"{path}: no such file or folder, seen from {Path.cwd()}. Check the path.")
 
 def existing_vocab(
     path: str | Path, # Of a `vocab.json`
