@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from scipy.special import log_softmax, softmax
 
+from .config import counted
 from .corpora import MarkovSource, credit, digits_shape, to_images
 from .data import collate, tqdm, unframed
 from .evaluation import calibration_error, confidence_bins, evaluation_data, interval, name_ticks, plot_calibration, short_name, token_scores
@@ -189,7 +190,7 @@ class ClassEvaluation:
         if self.best is not None:
             low, high = self.intervals["accuracy_below_best"]
             lines.append(f"accuracy {100*m['accuracy_below_best']:.2f} points below the best" + (f" (95 %: {100*low:.2f} to {100*high:.2f})" if low == low else ""))
-        return lines + [f"log loss {m['loss']:.4g} nats per sequence (guessing evenly: {math.log(len(self.classes)):.4g}), calibration error {m['calibration_error']:.2%}, over {m['sequences']:,} sequences"]
+        return lines + [f"log loss {m['loss']:.4g} nats per sequence (guessing evenly: {math.log(len(self.classes)):.4g}), calibration error {m['calibration_error']:.2%}, over {counted(m['sequences'], 'sequence')}"]
 
     def mistakes(self) -> list[str]:
         "The most frequent ones, in a line; none where there are none."

@@ -53,7 +53,7 @@ from joblib import cpu_count
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm as progress_bar
 
-from .config import existing_data, user_path
+from .config import counted, existing_data, user_path
 from .tokenizer import InputError, make_tokenizer, read_json, read_vocab, symbol_problem, unique, unknown_symbol_hint
 
 # %% ../nbs/01_data.ipynb #2fa60808
@@ -413,12 +413,13 @@ class Corpus:
     def __str__(self):
         r = self.report
         if "sequences" not in r: return f"A stream of {r['files']:,} file{'s'[:r['files'] != 1]}, {tqdm.format_sizeof(r['bytes'], 'B')}, read while the training goes on: nothing is counted beforehand."
-        parts = [f"{r['sequences']:,} sequences, {r['tokens']:,} tokens, {r['shortest']} to {r['longest']} long"]
-        if r["skipped"]: parts.append(f"{r['skipped']:,} bad lines left out ({r['problems']})")
+        parts = [f"{counted(r['sequences'], 'sequence')}, {counted(r['tokens'], 'token')}, {r['shortest']} to {r['longest']} long"]
+        if r["skipped"]: parts.append(f"{counted(r['skipped'], 'bad line')} left out ({r['problems']})")
         if n := r["labels_ignored"]: parts.append(f"Labels that are ignored, as neither whole numbers nor names: {n:,}")
         if r["long_sequences"]:
-            did = f"{r['tokens_lost']:,} tokens cut off" if r["long"] == "truncate" else f"split into {r['pieces']:,} pieces"
-            parts.append(f"{r['long_sequences']:,} sequences longer than {r['max_length']}: {did}")
+            cut = r["long"] == "truncate"
+            did = f"{counted(r['tokens_lost'], 'token')} cut off" if cut else f"split into {r['pieces']:,} pieces"
+            parts.append(f"{counted(r['long_sequences'], 'sequence')} longer than {r['max_length']}: {did}")
         return ". ".join(parts) + "."
     __repr__ = __str__
 
@@ -816,9 +817,10 @@ class Split:
     shared: int # Sequences of the validation set that also stand in the training set
 
     def __str__(self):
-        if self.train_index is None: return f"{len(self.validation_index):,} sequences to validate; what is not set aside, to train; no sequence stands on both sides."
-        shared = f"{self.shared:,} validation sequences also stand in the training set" if self.shared else "no sequence stands on both sides"
-        return f"{len(self.train_index):,} sequences to train, {len(self.validation_index):,} to validate; {shared}."
+        if self.train_index is None: return f"{counted(len(self.validation_index), 'sequence')} to validate; what is not set aside, to train; no sequence stands on both sides."
+        shared = f"{counted(self.shared, 'validation sequence')} also stand{'s'[:self.shared == 1]} in the training set"
+        if not self.shared: shared = "no sequence stands on both sides"
+        return f"{counted(len(self.train_index), 'sequence')} to train, {len(self.validation_index):,} to validate; {shared}."
     __repr__ = __str__
 
 # %% ../nbs/01_data.ipynb #a1cec8c3

@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from scipy import sparse
 
-from .config import user_path
+from .config import counted, user_path
 from .corpora import MarkovSource, load_source, possible_pairs
 from .data import Split, class_names, collate, given_split, read_corpus, tqdm, unframed, written_whole
 from .inference import encode_prompt, encode_sequences, generate
@@ -385,7 +385,7 @@ class Evaluation:
             over, below = (f" (95 %: {low - 1:.2%} to {high - 1:.2%})", f" ({100*less:.2f} to {100*more:.2f})") if low == low else ("", "") # one sequence has no interval
             lines.append(f"perplexity {m['perplexity_over_floor'] - 1:.2%} above the floor{over}, accuracy {100*m['accuracy_below_best']:.2f} points below the best{below}")
             if high < 1: lines.append("Nothing can be that far below the floor: source.json cannot be the source of these sequences.")
-        lines.append(f"{m['nats_per_sequence']:.4g} nats per sequence, {m['bits_per_token']:.4g} bits per token, over {m['sequences']:,} sequences, {m['tokens']:,} tokens")
+        lines.append(f"{m['nats_per_sequence']:.4g} nats per sequence, {m['bits_per_token']:.4g} bits per token, over {counted(m['sequences'], 'sequence')}, {counted(m['tokens'], 'token')}")
         return lines + [f"calibration error {m['calibration_error']:.2%}: how far confidence and the share of right guesses are apart"]
 
     def __str__(self):

@@ -56,7 +56,7 @@ from .model import NEW_ROWS, TASKS, count_parameters, keep_memory, known_rows, l
 from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_json, read_vocab, save_tokenizer
 
 # %% ../nbs/04_training.ipynb #cc38edd6
-from .config import Config, path_checks, read_config, read_settings, user_path
+from .config import Config, counted, path_checks, read_config, read_settings, user_path
 
 # %% ../nbs/04_training.ipynb #bb7b4fd3
 def check_config(
@@ -570,7 +570,7 @@ tags: [gpt2, seqgpt]
 ---
 # A GPT-2 of {count_parameters(model)["all"]:,} parameters{what}, trained {f"from `{config.init_from}`" if config.init_from else "from scratch"}
 
-{c.n_layer} layers, {c.n_head} heads, {c.n_embd} dimensions; {c.vocab_size} symbols, up to {c.n_positions} positions. Trained with seqgpt
+{counted(c.n_layer, 'layer')}, {counted(c.n_head, 'head')}, {counted(c.n_embd, 'dimension')}; {c.vocab_size} symbols, up to {c.n_positions} positions. Trained with seqgpt
 on `{config.data_path}`, validated on {f"`{config.validation_path}`" if config.validation_path else f"{config.validation_fraction:.0%} of it" + ", as far as they were read beforehand"*config.streaming}. All settings are in `config.yaml`.
 
 | on the validation set | |

@@ -124,7 +124,7 @@ def test_evaluate_says_what_it_cut_off_and_left_out(trained, tmp_path):
     ask = lambda *args: seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", "data.jsonl", *args, cwd=tmp_path, drawn=False)
     refused(ask("--out_dir", "e"), "1 of 3 lines", "--skip_bad_lines")
     result = ask("--out_dir", "e", "--skip_bad_lines")
-    assert result.returncode == 0 and "36 tokens cut off" in result.stdout and "1 bad lines left out" in result.stdout
+    assert result.returncode == 0 and "36 tokens cut off" in result.stdout and "1 bad line left out" in result.stdout
     refused(ask("--out_dir", "f", "--skip_bad_lines", "--batch_size", 0), "batch_size is 0")
 
 
@@ -332,7 +332,7 @@ def test_yaml_and_flags(corpus):
     (["--precision", "int8"], ["auto, fp32, bf16, fp16"]), (["--num_epochs", "0"], ["num_epochs"]), (["--learning_rate", "nan"], ["learning_rate"]),
     (["--learning_rate", "-1"], ["learning_rate"]), (["--learning_rate", "-1e-3"], ["learning_rate is -0.001"]), (["--weight_decay", "-.5"], ["weight_decay is -0.5"]), (["--n_head", "5"], ["not divisible"]), (["--model.resid_drop", "1"], ["Did you mean 'resid_pdrop'"]),
     (["--model.resid_pdrop", "high"], ["resid_pdrop"]), (["--long", "cut"], ["truncate, split or error"]), (["--max_length", "1"], ["max_length"]),
-    (["--data_path", "none.jsonl"], ["none.jsonl", "--data_path"]), (["--vocab_path", "none.json"], ["none.json", "--vocab_path"]), (["--config", "none.yaml"], ["none.yaml"]),
+    (["--data_path", "none.jsonl"], ["none.jsonl", "no such file or folder"]), (["--vocab_path", "none.json"], ["none.json", "--vocab_path"]), (["--config", "none.yaml"], ["none.yaml"]),
     (["--validation_fraction", "1"], ["validation_fraction"]), (["--lr_scheduler_type", "cosin"], ["cosin"]), (["stray"], ["stray"]),
     (["--model.activation_function", "gulu"], ["gulu"]), (["--lr_scheduler_type", "cosine_with_min_lr"], ["min_lr"]), (["--model.resid_pdrop", "2"], ["dropout"]),
     (["--model.n_layer", "3"], ["--n_layer"]), (["--seed", "99999999999999"], ["seed"]), (["--max_steps", "0"], ["max_steps"]), (["--config", "quik"], ["presets are: classify, quick"]),
