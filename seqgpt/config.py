@@ -166,7 +166,7 @@ class Config:
     precision: str = "auto" # auto, fp32, bf16 or fp16; auto: the fastest that is safe on this hardware
     eval_steps: int = 0 # Validate and save every so many steps; 0: once an epoch; of a stream, ten times
     logging_steps: int = 10 # Write the training loss down every so many steps
-    early_stopping_patience: int = 0 # Stop after so many validations without a new best; 0: never
+    early_stopping_patience: int = 0 # Stop after so many validations without a new best or, of a classifier, without a mistake; 0: never
     seed: int = 42 # Of the split, the weights, the order and dropout
     n_layer: int = 6 # Blocks of the model
     n_head: int = 8 # Attention heads in a block; must divide n_embd
