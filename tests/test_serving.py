@@ -284,20 +284,15 @@ def test_those_that_come_together_get_what_each_would_get_alone(made):
         free(service)
 
 
-@pytest.mark.parametrize("exported", [False, True])
-def test_each_prompt_is_computed_once(made, once, exported):
+def test_each_prompt_is_computed_once(made):
     "However many continuations it gets, and whether those end together or one by one."
-    computed, ids = [], some(2, seed=8)
-    if exported:
-        folder = once(talking)
-        made.model.config.save_pretrained(folder)
-    model = OnnxModel(folder/"fast.onnx") if exported else made.model
-    with served(SimpleNamespace(**vars(made) | {"model": model}), most_running=4) as service:
-        compute = service.engine.compute
+    ids = some(2, seed=8)
+    with served(made, most_running=4) as service:
+        computed, compute = [], service.engine.compute
         service.engine.compute = lambda prompts: (computed.extend(prompts), compute(prompts))[1]
         for most in (5, 40):
-            choices = service.openai.completions.create(model="melody", prompt=[ids[0], ids[0], ids[1]], n=16, seed=7, max_tokens=most).choices
-            assert [c.text.split() for c in choices] == [drawn(made, p, seed=7 + k, max_new_tokens=most) for p in (ids[0], ids[0], ids[1]) for k in range(16)]
+            choices = service.openai.completions.create(model="melody", prompt=[ids[0], ids[0], ids[1]], n=6, seed=7, max_tokens=most).choices
+            for k in (0, 5, 6, 17): assert choices[k].text.split() == drawn(made, ids[k//12], seed=7 + k % 6, max_new_tokens=most)
             assert sorted(computed) == sorted((BOS, *p) for p in ids) and service.engine.prompts == {} # nothing is kept for nobody
             computed.clear()
 
@@ -697,6 +692,31 @@ def test_a_second_signal_ends_it_at_once(folder):
         assert process.wait(600) in (0, 130) and "terminate called" not in process.stdout.read()
 
 
+@pytest.mark.slow # imports much
+def test_the_evaluation_harness_finds_the_same_as_without_a_server(service, folder, tmp_path):
+    "Perplexity and multiple choice, by EleutherAI's lm-evaluation-harness; with ids and with text, alone and many at once."
+    lm_eval = pytest.importorskip("lm_eval")
+    dice, symbols = np.random.default_rng(0), [s for s in MELODY if s[0] == "N"]
+    some = lambda: " ".join(dice.choice(symbols, dice.integers(3, 78)))
+    write = lambda name, lines: (tmp_path/name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write("texts", [{"text": some()} for _ in range(20)])
+    write("choices", [{"context": f"[START] {some()}" if k % 4 else "", "choices": [s + " </s>"*(k % 3 == 0) for s in dice.choice(symbols, 4, replace=False)], "gold": 1} for k in range(20)])
+    task = lambda name, data, metrics, **fields: {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path/data)}}, "test_split": "test", "metric_list": [{"metric": m} for m in metrics], **fields}
+    tasks = [task("perplexity", "texts", ["word_perplexity", "byte_perplexity", "bits_per_byte"], output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}"),
+             task("choice", "choices", ["acc", "acc_norm"], output_type="multiple_choice", doc_to_text="{{context}}", doc_to_choice="{{choices}}", doc_to_target="{{gold}}")]
+    evaluate = lambda kind, **args: lm_eval.simple_evaluate(kind, model_args=args, tasks=json.loads(json.dumps(tasks)), batch_size=4, bootstrap_iters=0)
+    expected = evaluate("hf", pretrained=str(folder), device="cpu", dtype="float32")
+    # 80 positions, and one more token that the harness always asks for
+    remote = dict(base_url=f"{service.url}/v1/completions", model="melody", tokenizer=str(folder), max_length=81)
+    for more in ({}, {"num_concurrent": 4}, {"tokenized_requests": False}):
+        found = evaluate("local-completions", **remote, **more)
+        for name in ("perplexity", "choice"):
+            for metric, value in expected["results"][name].items():
+                if isinstance(value, float): assert found["results"][name][metric] == pytest.approx(value, rel=1e-4), (more, metric)
+            likelihoods = [[np.ravel(np.array(sample["filtered_resps"], float)) for sample in result["samples"][name]] for result in (found, expected)]
+            assert np.allclose(*map(np.concatenate, likelihoods), atol=1e-4), more
+
+
 def test_what_cannot_be_served_is_said_in_words(folder, tmp_path, monkeypatch):
     serve = lambda *args: seqgpt("serve", *args, cwd=tmp_path)
     refused(serve(), "--model_path", "--classifier_path")
@@ -715,10 +735,10 @@ def test_what_cannot_be_served_is_said_in_words(folder, tmp_path, monkeypatch):
 def test_exported_models_are_served(made, once):
     folder = once(talking)
     made.model.config.save_pretrained(folder)
-    with running(make_app(Service((OnnxModel(folder/"fast.onnx", "clm"), made.tokenizer), most_seconds=3600))) as url:
+    with running(make_app(Service((OnnxModel(folder/"fast.onnx", "clm"), made.tokenizer), most_running=5, most_seconds=3600))) as url:
         prompts = some(9, seed=12)
-        with ThreadPoolExecutor(9) as pool: answers = [*pool.map(lambda ids: httpx.post(f"{url}/v1/completions", json={"prompt": ids, "temperature": 0, "return_token_ids": True}, timeout=600).json(), prompts)]
-        for ids, answer in zip(prompts, answers): assert said(answer["choices"][0]) == drawn(made, ids, temperature=0)
+        with ThreadPoolExecutor(9) as pool: answers = [*pool.map(lambda ids: httpx.post(f"{url}/v1/completions", json={"prompt": ids, "n": 2, "temperature": 0, "return_token_ids": True}, timeout=600).json(), prompts)]
+        for ids, answer in zip(prompts, answers): assert [said(c) for c in answer["choices"]] == [drawn(made, ids, temperature=0)]*2
     with pytest.raises(InputError, match="in place"): Service((SimpleNamespace(cache="passed", file="model.onnx"), made.tokenizer))
 
 
