@@ -127,6 +127,8 @@ def test_words_of_letters_that_are_symbols(tmp_path):
     with pytest.raises(InputError, match=r"no spaces between symbols: 2, at line 1 \('GATTACA'\), line 2 \('TA'\)\.\nPut spaces between") as e:
         read({"text": "GATTACA"}, {"tokens": ["TA"]}, {"text": "A"})
     assert "--skip_bad_lines" not in str(e.value)
+    with pytest.raises(InputError, match="line 1: no spaces between symbols .*Put spaces between"):
+        stream_corpus(tmp_path/"c", make_tokenizer(tmp_path/"dna/vocab.json"), fraction=0.5)
     with pytest.raises(InputError, match="unknown token: 1, at line 1 \\('GATX'\\)"): read({"text": "GATX"}, {"text": "A"}, {"text": "A C"})
 
 
