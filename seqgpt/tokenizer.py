@@ -177,10 +177,11 @@ def make_tokenizer(
     vocab = check_vocab(list(vocab.items()), where) if isinstance(vocab, dict) else read_vocab(vocab)
     specials = find_specials(vocab, where, **named)
     backend = Tokenizer(models.WordLevel(vocab, unk_token=specials["unk_token"]))
-    backend.normalizer = unknown_to_unk(vocab, specials["unk_token"])
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_tokens([added_token(s, s in specials.values()) for s in vocab])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **specials)
+    tokenizer.backend_tokenizer.normalizer = unknown_to_unk(vocab, specials["unk_token"]) # of the copy that it made
+    tokenizer.backend_tokenizer.add_tokens([added_token(s, s in specials.values()) for s in vocab])
+    return tokenizer
 
 # %% ../nbs/00_tokenizer.ipynb #f79575ad
 def html_table(
