@@ -22,6 +22,7 @@ from seqgpt import data
 from seqgpt.corpora import make_markov, write_digits, write_markov
 from seqgpt.data import CELL_COLOURS, collate, corpus_files, find_vocab, frame, given_split, plot_batch, read_corpus, split_corpus, stream_corpus, write_corpus
 from seqgpt.tokenizer import InputError, make_tokenizer
+from seqgpt.training import Config, load_data, load_vocab
 
 FORMS = {
     "tokens": lambda t, l: {"tokens": t, "label": l},
@@ -332,6 +333,15 @@ def test_each_class_has_a_sequence_to_train_on(by, encode, tmp_path):
         if by == "content": assert split.shared == 0
         assert split.shared == given_split(split.train, split.validation).shared
     assert given_back > 5
+
+
+def test_a_run_that_classifies_is_split_so(tmp_path):
+    path = write_lines(tmp_path, [{"tokens": NOTES[k % 5:] + NOTES[:k % 4], "label": "single" if k == 7 else "common"} for k in range(20)])
+    def apart(task, seed):
+        config = Config(str(path), task=task, seed=seed, validation_fraction=0.4, cache_dir=str(tmp_path/"cache"))
+        return "single" in load_data(config, load_vocab(config))[1].validation["label"][:]
+    seeds = [seed for seed in range(8) if apart("clm", seed)]
+    assert seeds and not any(apart("classification", seed) for seed in seeds)
 
 
 def test_classes_of_one_sequence_each_leave_none_to_validate_on(encode, tmp_path):

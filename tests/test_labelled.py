@@ -88,6 +88,14 @@ def test_mistakes(lines, args, words, tmp_path):
     assert not (tmp_path/"asked").exists()
 
 
+def test_bad_lines_are_left_out_where_that_is_asked_for(tmp_path):
+    write_lines(tmp_path/"plain", [{"tokens": NOTES, "label": 1}]*3 + [{"tokens": ["H"], "label": 1}])
+    ask = ["corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", "--unlabelled_share", 0]
+    refused(seqgpt(*ask, cwd=tmp_path), "1 of 4 lines", "--skip_bad_lines")
+    result = seqgpt(*ask, "--skip_bad_lines", cwd=tmp_path)
+    assert result.returncode == 0 and "1 bad lines left out" in result.stdout and "3 sequences have one in front" in result.stdout
+
+
 def test_never_twice_and_never_over_another(asked):
     refused(seqgpt("corpus", "labelled", "--data_path", "asked", "--out_dir", "again", cwd=asked), "symbols of labels already", "'label:down'")
     refused(seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", cwd=asked), "is there already")
