@@ -331,7 +331,7 @@ def test_yaml_and_flags(corpus):
     (["--precision", "int8"], ["auto, fp32, bf16, fp16"]), (["--num_epochs", "0"], ["num_epochs"]), (["--learning_rate", "nan"], ["learning_rate"]),
     (["--learning_rate", "-1"], ["learning_rate"]), (["--n_head", "5"], ["not divisible"]), (["--model.resid_drop", "1"], ["Did you mean 'resid_pdrop'"]),
     (["--model.resid_pdrop", "high"], ["resid_pdrop"]), (["--long", "cut"], ["truncate, split or error"]), (["--max_length", "1"], ["max_length"]),
-    (["--data_path", "none.jsonl"], ["none.jsonl", "--data_path"]), (["--vocab_path", "none.json"], ["none.json", "--vocab_path"]), (["--config", "none.yaml"], ["none.yaml"]),
+    (["--data_path", "none.jsonl"], ["none.jsonl", "no such file or folder"]), (["--vocab_path", "none.json"], ["none.json", "--vocab_path"]), (["--config", "none.yaml"], ["none.yaml"]),
     (["--validation_fraction", "1"], ["validation_fraction"]), (["--lr_scheduler_type", "cosin"], ["cosin"]), (["stray"], ["stray"]),
     (["--model.activation_function", "gulu"], ["gulu"]), (["--lr_scheduler_type", "cosine_with_min_lr"], ["min_lr"]), (["--model.resid_pdrop", "2"], ["dropout"]),
     (["--model.n_layer", "3"], ["--n_layer"]), (["--seed", "99999999999999"], ["seed"]), (["--max_steps", "0"], ["max_steps"]), (["--config", "quik"], ["presets are: classify, quick"]),
