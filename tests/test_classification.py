@@ -104,7 +104,8 @@ def test_infer_prints_what_the_pipeline_says(classifier, held_out, tmp_path):
     result = ask("--num_prompts", 3, "--top", 1, "--out_dir", tmp_path/"p")
     assert [line.split("\t")[0].rsplit(" ", 1)[0] for line in result.stdout.splitlines()] == [answer[0]["label"] for answer in pipe(held_out[0][:3])], result.stderr
     rows = [json.loads(line) for line in (tmp_path/"p/predictions.jsonl").read_text().splitlines()]
-    assert [" ".join(r["tokens"]) for r in rows] == held_out[0][:3] and all(np.isclose(sum(r["probabilities"].values()), 1) and r["prediction"] == next(iter(r["probabilities"])) for r in rows)
+    assert [" ".join(r["tokens"]) for r in rows] == held_out[0][:3]
+    for r in rows: assert np.isclose(sum(r["probabilities"].values()), 1) and r["prediction"] == next(iter(r["probabilities"]))
     assert [r["label"] for r in rows] == [NAMES[k] for k in held_out[1][:3]] # the truth
     whole = ask("--prompt_file", "data.jsonl")
     assert len(whole.stdout.splitlines()) == 200
@@ -203,15 +204,17 @@ def test_labels_that_are_numbers_are_in_their_order(melodies, tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_predictions_keep_the_other_fields_of_a_line(kind, classifier, held_out, tmp_path):
     texts, when = held_out[0][:5], datetime.date(2026, 11, 30)
-    lines = [{"id": f"s{k}", "text": t, "label": "up", "seen": {"at": [k, None]}, "day": str(when)} for k, t in enumerate(texts)]
+    fields = {"label": "up", "seen": {"at": [1, None]}, "day": str(when)}
+    lines = [{"id": f"s{k}", "text": t, **fields} for k, t in enumerate(texts)]
     if kind == "jsonl": write_lines(tmp_path, lines)
     else: pq.write_table(pa.Table.from_pylist([line | {"day": when} for line in lines]), tmp_path/"data.parquet")
-    ask = lambda file, *args: seqgpt("infer", "--model_path", classifier/"c/best_model", "--mode", "classify", "--prompt_file", file, *args, cwd=tmp_path)
+    command = ["infer", "--model_path", classifier/"c/best_model", "--mode", "classify", "--prompt_file"]
+    ask = lambda file, *args: seqgpt(*command, file, *args, cwd=tmp_path)
     assert ask(f"data.{kind}", "--out_dir", "p").returncode == 0
     rows = [json.loads(line) for line in open(tmp_path/"p/predictions.jsonl")]
     guesses = [answer["label"] for answer in pipeline("text-classification", str(classifier/"c/best_model"))(texts)]
     assert [{k: v for k, v in r.items() if k != "probabilities"} for r in rows] == [
-        {k: v for k, v in line.items() if k != "text"} | {"tokens": t.split(), "prediction": g} for line, t, g in zip(lines, texts, guesses)]
+        {"id": f"s{k}", **fields, "tokens": t.split(), "prediction": g} for k, (t, g) in enumerate(zip(texts, guesses))]
     refused(ask("p/predictions.jsonl", "--out_dir", "q"), "'prediction' of its own", "Rename it")
     assert not (tmp_path/"q").exists() and ask("p/predictions.jsonl").returncode == 0
 
@@ -220,8 +223,10 @@ def test_one_bad_line_does_not_stop_the_others(classifier, held_out, tmp_path):
     good = [{"id": k, "text": t} for k, t in enumerate(held_out[0][:3])]
     bad = [{"id": 7, "text": "C4 c4"}, {"id": 8, "tokens": ["C4"]*15}, {"id": 9, "tokens": ["C4", "<eos>", "D4"]}]
     write_lines(tmp_path, [good[0], *bad, b"{", *good[1:]])
-    ask = lambda *args: seqgpt("infer", "--model_path", classifier/"c/best_model", "--mode", "classify", "--prompt_file", "data.jsonl", "--out_dir", "p", *args, cwd=tmp_path)
-    refused(ask(), "4 of 7 lines", "unknown token: 1, at line 2 ('c4')", "longer than the 16 positions of the model: 1, at line 3 (17 tokens)", "line 4", "malformed JSON: 1, at line 5", "--skip_bad_lines")
+    command = ["infer", "--model_path", classifier/"c/best_model", "--mode", "classify", "--prompt_file", "data.jsonl"]
+    ask = lambda *args: seqgpt(*command, "--out_dir", "p", *args, cwd=tmp_path)
+    refused(ask(), "4 of 7 lines", "unknown token: 1, at line 2 ('c4')", "longer than the 16 positions of the model: 1, at line 3",
+            "special token inside a sequence: 1, at line 4", "malformed JSON: 1, at line 5", "--skip_bad_lines")
     assert not (tmp_path/"p").exists()
     result = ask("--skip_bad_lines")
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 3 and "4 bad lines left out (" in result.stderr
@@ -231,21 +236,24 @@ def test_one_bad_line_does_not_stop_the_others(classifier, held_out, tmp_path):
 def test_the_length_of_the_model_rules_whatever_is_read(tmp_path):
     "What tells the classes apart comes last, further on than any default of a reader."
     write_lines(tmp_path, [{"tokens": ["C4"]*1040 + ["DE"[k % 2] + "4"]*60, "label": "de"[k % 2]} for k in range(6)])
-    model = new_model(make_config(make_tokenizer(VOCAB), 1200, 1, 2, 8, ["d", "e"], initializer_range=1), seed=0, task="classification").eval()
+    config = make_config(make_tokenizer(VOCAB), 1200, 1, 2, 8, ["d", "e"], initializer_range=1)
+    model = new_model(config, seed=0, task="classification").eval()
     save_tokenizer(make_tokenizer(VOCAB), tmp_path/"m")
     model.save_pretrained(tmp_path/"m")
-    assert seqgpt("infer", "--model_path", "m", "--mode", "classify", "--prompt_file", "data.jsonl", "--out_dir", "p", cwd=tmp_path).returncode == 0
+    command = "infer --model_path m --mode classify --prompt_file data.jsonl --out_dir p"
+    assert seqgpt(*command.split(), cwd=tmp_path).returncode == 0
     rows = [json.loads(line) for line in open(tmp_path/"p/predictions.jsonl")]
-    with torch.no_grad(): expected = [model(torch.tensor([[1, *(VOCAB[s] for s in r["tokens"]), 2]])).logits.softmax(1)[0, 0].item() for r in rows]
-    assert {len(r["tokens"]) for r in rows} == {1100} and np.allclose([r["probabilities"]["d"] for r in rows], expected, atol=1e-5)
-    assert abs(expected[0] - expected[1]) > 1e-4
+    with torch.no_grad():
+        p = [model(torch.tensor([[1, *(VOCAB[s] for s in r["tokens"]), 2]])).logits.softmax(1)[0, 0] for r in rows]
+    assert {len(r["tokens"]) for r in rows} == {1100} and abs(p[0] - p[1]) > 1e-4
+    assert np.allclose([r["probabilities"]["d"] for r in rows], p, atol=1e-5)
 
 
 def test_sequences_to_predict_are_checked(plain):
     model, tokenizer = plain[0], make_tokenizer(VOCAB)
     assert np.allclose(predict(model, tokenizer, ["C4 D4", ["E4"]]), predict(model, tokenizer, [[1, 4, 5, 2], [1, 6, 2]]))
-    for sequences, says in ((["C4", "C4 c4"], "Symbol 2 of sequence 2, 'c4', is not in the vocabulary"), ([["C4"]*15], "Sequence 1 has 17 tokens"),
-                            ([[1]*17], "16 positions"), ("C4 D4", "Give a list of sequences"), ([["C4", 5]], "holds 5")):
+    for sequences, says in ((["C4", "C4 c4"], "Symbol 2 of sequence 2, 'c4', is not in the vocabulary"),
+                            ([["C4"]*15], "Sequence 1 has 17 tokens"), ([[1]*17], "16 positions"), ("C4 D4", "Give a list of sequences"), ([["C4", 5]], "holds 5")):
         with pytest.raises(InputError, match=re.escape(says)): predict(model, tokenizer, sequences)
 
 
@@ -260,10 +268,14 @@ def test_balanced_weights_turn_the_guess_to_the_rare_class(tmp_path):
         assert result.returncode == 0, result.stderr
         shares[weights] = np.mean([json.loads(line)["probabilities"]["1"] for line in open(tmp_path/f"p_{weights}/predictions.jsonl")])
     rows = [json.loads(line) for line in open(tmp_path/"p_none/predictions.jsonl")]
-    write_lines(tmp_path/"asked", [{"input_ids": [VOCAB[s] for s in r["tokens"]], "label": label, "id": k} for k, (r, label) in enumerate(zip(rows[:5], (0, 1, 0.0, "0", [])))])
-    assert seqgpt("infer", "--model_path", "none/best_model", "--mode", "classify", "--prompt_file", "asked/data.jsonl", "--out_dir", "p", cwd=tmp_path).returncode == 0
+    ids = [[VOCAB[s] for s in r["tokens"]] for r in rows]
+    labels = (0, 1, 0.0, "0", []) # the answer can be compared, however the label is written
+    write_lines(tmp_path/"asked", [{"input_ids": i, "label": label, "id": k} for k, (i, label) in enumerate(zip(ids, labels))])
+    command = "infer --model_path none/best_model --mode classify --prompt_file asked/data.jsonl --out_dir p"
+    assert seqgpt(*command.split(), cwd=tmp_path).returncode == 0
     again = [json.loads(line) for line in open(tmp_path/"p/predictions.jsonl")]
-    assert [(r["id"], r["label"], r["prediction"]) for r in again] == [(0, 0, 0), (1, 1, 0), (2, 0.0, 0), (3, "0", "0"), (4, [], 0)] # can be compared, however the label is written
+    answers = [*zip(range(5), labels, (0, 0, 0, "0", 0))]
+    assert [(r["id"], r["label"], r["prediction"]) for r in again] == answers
     assert abs(shares["none"] - 0.1) < 0.05 and abs(shares["balanced"] - 0.5) < 0.15, shares
 
 

@@ -172,16 +172,17 @@ def test_generate_continues_and_repeats_with_the_seed(trained, tmp_path):
 def test_samples_keep_the_other_fields_and_what_is_cut_is_counted(trained, tmp_path):
     lines = [{"id": k, "tokens": t, "note": {"of": t[0]}} for k, t in enumerate([["C4"]*14, ["D4"], ["C4", "E4"], ["C4"]*15])]
     write_lines(tmp_path, lines + lines[1:2]*4)
-    ask = lambda *args: seqgpt("infer", "--model_path", trained/"outputs/best_model", "--mode", "generate", "--prompt_file", "data.jsonl", "--prompt_share", 1,
-                               "--min_new_tokens", 13, "--num_samples", 2, "--seed", 0, "--out_dir", "s", *args, cwd=tmp_path)
+    command = "--mode generate --prompt_file data.jsonl --prompt_share 1 --min_new_tokens 13 --num_samples 2 --seed 0 --out_dir s"
+    ask = lambda *args: seqgpt("infer", "--model_path", trained/"outputs/best_model", *command.split(), *args, cwd=tmp_path)
     refused(ask(), "1 of 7 lines", "longer than the 16 positions of the model: 1, at line 4 (17 tokens)", "--skip_bad_lines")
     result = ask("--skip_bad_lines")
     rows = [json.loads(line) for line in open(tmp_path/"s/samples.jsonl")]
     assert [(r["id"], r["note"]) for r in rows] == [(k, lines[k]["note"]) for k in (0, 0, 1, 1, 2, 2, *[1]*6)]
     assert [r["tokens"][:r["given"]] for r in rows] == [lines[r["id"]]["tokens"] for r in rows]
-    for r in rows: assert len(r["tokens"]) - r["given"] == {0: 1, 1: 14, 2: 13}[r["id"]] if not r["finished"] else len(r["tokens"]) - r["given"] == 13, r # each has its own room
+    for r in rows:
+        assert len(r["tokens"]) - r["given"] == (13 if r["finished"] else {0: 1, 1: 14, 2: 13}[r["id"]]), r # each has its own room
     cut = sum(not r["finished"] for r in rows)
-    assert "1 bad line left out" in result.stderr and "Only the first 6 sequences of data.jsonl; take more with --num_prompts" in result.stderr
+    assert "1 bad line left out" in result.stderr and "Only the first 6 sequences of data.jsonl; take" in result.stderr
     assert f"{cut} of 12 sequences cut off: the model has 16 positions." in result.stderr and cut >= 4
 
 
@@ -573,17 +574,21 @@ def definitions():
     found, definition = {}, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for path in (ROOT/"seqgpt").glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        taken = lambda nodes: {a.asname or a.name: (n.module.removeprefix("seqgpt."), a.name) for n in nodes
-                               if isinstance(n, ast.ImportFrom) and n.module and (n.level or n.module.startswith("seqgpt.")) for a in n.names}
+        ours = lambda n: isinstance(n, ast.ImportFrom) and n.module and (n.level or n.module.startswith("seqgpt."))
+        taken = lambda nodes: {a.asname or a.name: (n.module.removeprefix("seqgpt."), a.name)
+                               for n in nodes if ours(n) for a in n.names}
         known = {n.name: (path.stem, n.name) for n in tree.body if isinstance(n, definition)} | taken(tree.body)
         for body in tree.body:
             if not isinstance(body, definition): continue
             nodes = [*ast.walk(body)]
             names = known | taken(nodes)
             joined = {id(part) for n in nodes if isinstance(n, ast.JoinedStr) for part in n.values}
-            texts = ["".join(part.value for part in n.values if isinstance(part, ast.Constant)) for n in nodes if isinstance(n, ast.JoinedStr)]
-            texts += [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in joined]
-            found[path.stem, body.name] = {names[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in names}, [t for t in texts if re.search(r"--[a-z]", t)]
+            fixed = lambda n: "".join(part.value for part in n.values if isinstance(part, ast.Constant))
+            texts = [fixed(n) for n in nodes if isinstance(n, ast.JoinedStr)]
+            constants = [n for n in nodes if isinstance(n, ast.Constant) and id(n) not in joined]
+            texts += [n.value for n in constants if isinstance(n.value, str)]
+            named = {names[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in names}
+            found[path.stem, body.name] = named, [t for t in texts if re.search(r"--[a-z]", t)]
     return found
 
 
@@ -605,9 +610,10 @@ def test_every_flag_that_a_message_names_is_one_of_the_verb_that_says_it():
     cli, found = importlib.import_module("seqgpt.cli"), definitions()
     starts = {verb: {"train": "train_command"}.get(verb, verb.replace(" ", "_")) for verb in VERBS if verb != "bench"}
     more = {"train": [Config], "search": [Config], "corpus markov": [importlib.import_module("seqgpt.corpora").make_markov]}
-    flags = {verb: {"config"}.union(*(inspect.signature(t).parameters for t in [getattr(cli, name), *more.get(verb, [])])) for verb, name in starts.items()}
+    takes = lambda verb: (inspect.signature(t).parameters for t in [getattr(cli, starts[verb]), *more.get(verb, [])])
+    flags = {verb: {"config"}.union(*takes(verb)) for verb in starts}
     others = {"logdir", "nnodes", "nproc_per_node", "fsdp_version"} # of TensorBoard, torchrun and Accelerate
-    quoted = {("training", "load_data"), ("training", "check_config")} # what is wrong with the settings of a training; `training_split` says so
+    quoted = {("training", "load_data"), ("training", "check_config")} # `training_split` says what `seqgpt train` would say
     with_path = {"train", "search", "corpus labelled"} # where a vocabulary is read from a file that the user names
     wrong, walked = [], set()
     for verb, name in starts.items():
@@ -615,7 +621,8 @@ def test_every_flag_that_a_message_names_is_one_of_the_verb_that_says_it():
         if verb not in with_path: passed = passed | {("tokenizer", "read_vocab")}
         for place in reached(found, [("cli", name), ("cli", "explain")], passed):
             for text in found[place][1] + [LESS.get(verb, "")]*(place == ("cli", "explain")):
-                fine = flags[verb].union(others, *(flags.get(named, ()) for named in re.findall(r"seqgpt ((?:corpus )?[a-z]+)", text)))
+                named = re.findall(r"seqgpt ((?:corpus )?[a-z]+)", text)
+                fine = flags[verb].union(others, *(flags.get(verb, ()) for verb in named))
                 walked |= {(place, text)}
                 wrong += [(verb, place, flag, text) for flag in re.findall(r"--([a-z]\w*)", text) if flag not in fine]
     assert not wrong and len(walked) > 60, wrong

@@ -66,12 +66,13 @@ def test_same_tokens_with_the_same_seed(exported, way):
 
 
 def test_sequences_that_have_ended_do_not_stop_the_others(exported):
-    "Nor does a long prompt, behind which the model has room for four tokens only; what is computed for it afterwards does not count."
+    "Nor does a long prompt, after which there is room for four tokens; what is computed for it later doesn't count."
     model, files = exported
     prompts = [*UNEQUAL, ["C1"]*265]
     expected = generate(model, TOKENIZER, prompts, seed=3, min_new_tokens=8)
     assert len(expected[4].tokens) - 265 == 4 < 20 < max(len(s.tokens) for s in expected[:4])
-    for name in ("model", "fast"): assert generate(files[name], TOKENIZER, prompts, seed=3, min_new_tokens=8) == expected, name
+    for name in ("model", "fast"):
+        assert generate(files[name], TOKENIZER, prompts, seed=3, min_new_tokens=8) == expected, name
 
 
 def test_same_greedy_tokens_over_256_steps(exported):

@@ -30,7 +30,7 @@ def random_model(max_length=140, scale=8, **fields):
 
 
 def with_room(model):
-    "The same model for Transformers' `generate`, which lets rows that have ended go on beyond the last position of the model."
+    "The same model for Transformers' `generate`, whose rows go on beyond the last position when they have ended."
     more = GPT2LMHeadModel(GPT2Config(**model.config.to_diff_dict() | {"n_positions": 2*model.config.n_positions})).eval()
     weights = model.state_dict()
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"].repeat(2, 1)
@@ -38,7 +38,8 @@ def with_room(model):
     return more
 
 
-def theirs(model, prompts, num_samples=1, max_new_tokens=None, temperature=1.0, seed=0, batch_size=32, top_k=0, top_p=1.0, repetition_penalty=1.0, min_new_tokens=0):
+def theirs(model, prompts, num_samples=1, max_new_tokens=None, temperature=1.0, seed=0, batch_size=32, top_k=0, top_p=1.0,
+           repetition_penalty=1.0, min_new_tokens=0):
     "Ids that Transformers adds, each sequence up to the last position of the model, <eos> and what is behind it cut off."
     encoded = [ids for p in prompts for ids in [encode_prompt(TOKENIZER, p)]*num_samples]
     choose = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p) if temperature else dict(do_sample=False)
@@ -51,8 +52,9 @@ def theirs(model, prompts, num_samples=1, max_new_tokens=None, temperature=1.0, 
         ids, mask = torch.tensor([[0]*(longest - len(p)) + p for p in some]), torch.tensor([[0]*(longest - len(p)) + [1]*len(p) for p in some])
         room = torch.tensor([min(max_new_tokens or 10**9, model.config.n_positions - len(p)) for p in some])
         full = lambda found, scores, room=room, longest=longest: found.shape[1] - longest >= room
-        added = wide.generate(ids, attention_mask=mask, generation_config=how, stopping_criteria=StoppingCriteriaList([full]))[:, longest:].tolist()
-        rows += [row[:n] for row, n in zip(added, room)]
+        stop = StoppingCriteriaList([full])
+        added = wide.generate(ids, attention_mask=mask, generation_config=how, stopping_criteria=stop)[:, longest:]
+        rows += [row[:n] for row, n in zip(added.tolist(), room)]
     return [row[:row.index(2)] if 2 in row else row for row in rows]
 
 
@@ -151,7 +153,8 @@ def test_each_sequence_has_its_own_room(options):
     how = dict(temperature=0, min_new_tokens=40, **options)
     together, alone = generate(model, TOKENIZER, prompts, **how), [generate(model, TOKENIZER, [p], **how)[0] for p in prompts]
     assert together == alone and [s.given for s in together] == [*map(len, prompts)]
-    assert all(s.finished or len(s.tokens) == 47 for s in together) and {len(s.tokens) - s.given for s in together} >= {2, 17} and len(together[0].tokens) > 40
+    assert all(s.finished or len(s.tokens) == 47 for s in together) and len(together[0].tokens) > 40
+    assert {len(s.tokens) - s.given for s in together} >= {2, 17}
 
 
 @pytest.mark.parametrize("guidance, passes", [(1.0, 1), (1.5, 2)])
@@ -168,9 +171,11 @@ def test_each_distinct_prompt_is_computed_once(guidance, passes, monkeypatch):
 
 
 def test_impossible_numbers_of_new_tokens():
-    for options, says in ((dict(min_new_tokens=-1), "min_new_tokens is -1"), (dict(min_new_tokens=4, max_new_tokens=3), "at most max_new_tokens")):
+    for options, says in ((dict(min_new_tokens=-1), "min_new_tokens is -1"),
+                          (dict(min_new_tokens=4, max_new_tokens=3), "at most max_new_tokens")):
         with pytest.raises(InputError, match=says): generate(random_model(), TOKENIZER, **options)
-    with pytest.raises(InputError, match="Prompt 2 has 141 tokens, <bos> included; with 140 positions"): generate(random_model(), TOKENIZER, ["", ["C1"]*140])
+    with pytest.raises(InputError, match="Prompt 2 has 141 tokens, <bos> included; with 140 positions"):
+        generate(random_model(), TOKENIZER, ["", ["C1"]*140])
 
 
 # --- what is given
@@ -182,10 +187,13 @@ def test_scores_are_those_of_transformers_and_symbols_are_checked():
         ids = torch.tensor([ids])
         with torch.no_grad(): expected = model(ids, labels=ids).loss.item()
         assert len(nats) == ids.shape[1] - 1 and nats.mean() == pytest.approx(expected, abs=1e-4)
-    for given, says in ((["C1 c1"], "Symbol 2 of sequence 1, 'c1', is not in the vocabulary"), (["C1", ["C1", "<eos>", "D1"]], "Symbol 2 of sequence 2, '<eos>', cannot stand there"),
-                        (["C1"]*9 + [["C1"]*139], "Sequence 10 has 141 tokens, <bos> and <eos> included, but the model has 140 positions"), ("C1 D1", "Give a list of sequences")):
+    for given, says in ((["C1 c1"], "Symbol 2 of sequence 1, 'c1', is not in the vocabulary"),
+                        (["C1", ["C1", "<eos>", "D1"]], "Symbol 2 of sequence 2, '<eos>', cannot stand there"),
+                        (["C1"]*9 + [["C1"]*139], "Sequence 10 has 141 tokens, <bos> and <eos> included, but the model has 140"),
+                        ("C1 D1", "Give a list of sequences")):
         with pytest.raises(InputError, match=says): score_sequences(model, TOKENIZER, given)
-    with pytest.raises(InputError, match="A sequence has 141 tokens, but the model has 140"): evaluate(model, TOKENIZER, Dataset.from_list([{"input_ids": [4]*141, "label": None}]))
+    with pytest.raises(InputError, match="A sequence has 141 tokens, but the model has 140"):
+        evaluate(model, TOKENIZER, Dataset.from_list([{"input_ids": [4]*141, "label": None}]))
     with pytest.raises(InputError, match="Give a list of prompts"): generate(model, TOKENIZER, "C1 D1")
     with pytest.raises(InputError, match="holds 4"): generate(model, TOKENIZER, [[4, 5]])
 
@@ -194,17 +202,22 @@ def test_next_tokens_of_several_prefixes():
     model = random_model(scale=3)
     several = next_tokens(model, TOKENIZER, [["C1", "D1"], [], "E1 F1"], top=3)
     assert several == [next_tokens(model, TOKENIZER, p, top=3) for p in ("C1 D1", "", ["E1", "F1"])] and all(len(pairs) == 3 for pairs in several)
-    with pytest.raises(InputError, match="'E1 F1' is not one symbol. Give several prefixes as lists"): next_tokens(model, TOKENIZER, ["C1", "E1 F1"])
-    with pytest.raises(InputError, match="'c1', is not in the vocabulary"): next_tokens(model, TOKENIZER, [["C1"], ["c1"]])
+    with pytest.raises(InputError, match="'E1 F1' is not one symbol. Give several prefixes as lists"):
+        next_tokens(model, TOKENIZER, ["C1", "E1 F1"])
+    with pytest.raises(InputError, match="'c1', is not in the vocabulary"):
+        next_tokens(model, TOKENIZER, [["C1"], ["c1"]])
 
 
 def test_spaces_may_be_left_out_where_each_symbol_is_one_character(monkeypatch):
-    proteins = make_tokenizer({s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *"ACDEFGHIKLMNPQRSTVWY"])})
-    for text in ("MKTAYI", "M K T A Y I", "MKT AYI", " <bos>  MKTAYI"): assert encode_prompt(proteins, text) == encode_prompt(proteins, [*"MKTAYI"]), text
+    symbols = ["<pad>", "<bos>", "<eos>", "<unk>", *"ACDEFGHIKLMNPQRSTVWY"]
+    proteins = make_tokenizer({s: k for k, s in enumerate(symbols)})
+    for text in ("MKTAYI", "M K T A Y I", "MKT AYI", " <bos>  MKTAYI"):
+        assert encode_prompt(proteins, text) == encode_prompt(proteins, [*"MKTAYI"]), text
     assert encode_sequence(proteins, "MKT <eos>") == encode_sequence(proteins, [*"MKT"])
     for given, says in (("MKTa", "Symbol 4 of the prompt, 'a'"), (["MKT"], "Symbol 1 of the prompt, 'MKT'")):
         with pytest.raises(InputError, match=says): encode_prompt(proteins, given)
-    with pytest.raises(InputError, match="Symbol 1 of the prompt, 'C1D1'"): encode_prompt(TOKENIZER, "C1D1") # two characters each: not guessed
+    with pytest.raises(InputError, match="Symbol 1 of the prompt, 'C1D1'"):
+        encode_prompt(TOKENIZER, "C1D1") # two characters each: not guessed
     asked = []
     get_vocab = type(proteins).get_vocab
     monkeypatch.setattr(type(proteins), "get_vocab", lambda self: asked.append(1) or get_vocab(self))

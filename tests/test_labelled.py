@@ -89,11 +89,12 @@ def test_mistakes(lines, args, words, tmp_path):
 
 
 def test_bad_lines_are_left_out_where_that_is_asked_for(tmp_path):
-    write_lines(tmp_path/"plain", [{"tokens": NOTES, "label": 1}]*3 + [{"tokens": ["H"], "label": 1}])
-    ask = ["corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", "--unlabelled_share", 0]
-    refused(seqgpt(*ask, cwd=tmp_path), "1 of 4 lines", "--skip_bad_lines")
-    result = seqgpt(*ask, "--skip_bad_lines", cwd=tmp_path)
-    assert result.returncode == 0 and "1 bad lines left out" in result.stdout and "3 sequences have one in front" in result.stdout
+    write_lines(tmp_path/"plain", [{"text": "C4 D4", "label": "up"}, {"text": "C4 H4", "label": "up"}, {"text": "D4 C4", "label": "down"}])
+    write = lambda *args: seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", "--unlabelled_share", 0, *args, cwd=tmp_path)
+    refused(write(), "1 of 3 lines", "line 2", "--skip_bad_lines")
+    result = write("--skip_bad_lines")
+    assert result.returncode == 0 and "left out (unknown token: 1, at line 2" in result.stdout, result.stderr
+    assert [json.loads(line)["tokens"] for line in open(tmp_path/"asked/sequences.jsonl")] == [["label:up", "C4", "D4"], ["label:down", "D4", "C4"]]
 
 
 def test_never_twice_and_never_over_another(asked):
