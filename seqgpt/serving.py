@@ -443,13 +443,12 @@ def read_stops(
     tokenizer, # Of the model
     given: str | list[str] | None, # See `CompletionRequest`
 ) -> list[list[int]]: # Ids
-    "What ends a continuation, without what the model never writes; raises `Refused` for an empty one."
+    "What ends a continuation; raises `Refused` for an empty one."
     found = []
-    never = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id} # see `chooser`; a symbol that is not in the vocabulary has the last of them
     for one in several([] if given is None else given):
         if not one.strip(" "): raise Refused(400, "stop: an empty one. Give one or more symbols.", "stop")
-        ids = look_up(tokenizer, one.split())
-        if never.isdisjoint(ids) and all(c == " " or not c.isspace() for c in one): found.append(ids) # a line never ends
+        if any(c.isspace() and c != " " for c in one): continue # a continuation has no lines, so this never occurs
+        found.append(look_up(tokenizer, one.split())) # what is not in the vocabulary is <unk>, which is never drawn
     return found
 
 
