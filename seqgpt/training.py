@@ -50,7 +50,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.optimization import get_scheduler
 
-from .data import LONG, ByLength, Corpus, Split, Stream, choose, class_names, collate, column, find_vocab, fingerprint, given_split, read_corpus, split_corpus, stream_corpus
+from .data import LONG, ByLength, Corpus, Split, Stream, choose, class_names, collate, column, corpus_files, find_vocab, fingerprint, given_split, read_corpus, split_corpus, stream_corpus
 from .data import alone, remove, sweep, tqdm, written_whole
 from .model import NEW_ROWS, TASKS, count_parameters, keep_memory, known_rows, learn_in_part, make_config, merged, model_version, new_model, quicken, saved_config, take_over
 from .tokenizer import SPECIALS, InputError, framing, html_table, load_tokenizer, make_tokenizer, read_json, read_vocab, save_tokenizer
@@ -557,15 +557,20 @@ def model_card(
 ) -> str: # Markdown
     "What a stranger who finds the folder needs to know."
     c, rows = model.config, "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
-    kind, use = ("text-generation", f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+    tag, use = ("", f'''```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 inputs = tokenizer("{tokenizer.bos_token}", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_length={c.n_positions})[0]))""") if config.task == "clm" else ("text-classification", """from transformers import pipeline
-print(pipeline("text-classification", ".")("symbols with spaces between"))""")
+print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_length={c.n_positions})[0]))
+```
+
+A pipeline joins its prompt and what the model adds without a space: end the prompt with one.''') if config.task == "clm" else ("\npipeline_tag: text-classification", """```python
+from transformers import pipeline
+print(pipeline("text-classification", ".")("symbols with spaces between"))
+```""")
     what = "" if config.task == "clm" else f" that tells {c.num_labels} classes apart"
     return f"""---
-library_name: transformers
-pipeline_tag: {kind}
+library_name: transformers{tag}
 tags: [gpt2, seqgpt]
 ---
 # A GPT-2 of {count_parameters(model)["all"]:,} parameters{what}, trained {f"from `{config.init_from}`" if config.init_from else "from scratch"}
@@ -577,9 +582,7 @@ on `{config.data_path}`, validated on {f"`{config.validation_path}`" if config.v
 |---|---|
 {rows}
 
-```python
 {use}
-```
 """
 
 # %% ../nbs/04_training.ipynb #471ad147
@@ -772,6 +775,7 @@ def load_data(
     tokenizer, # From `load_vocab`, or saved with a model
 ) -> tuple[Corpus, Split]:
     "The encoded data of `config`, and its two parts: drawn, or given."
+    if config.validation_path: corpus_files(config.validation_path) # a mistake shows before anything is encoded
     read = lambda path, classes: read_corpus(path, tokenizer, config.max_length, config.long, config.skip_bad_lines, classes, config.cache_dir)
     if config.streaming:
         fraction = 0 if config.validation_path else config.validation_fraction

@@ -293,7 +293,7 @@ def test_paths_begin_at_home_and_settings_may_be_of_numpy(tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path))
     write_corpus("~/c", ROWS, [0, 1])
     assert {p.name for p in (tmp_path/"c").iterdir()} == {"sequences.jsonl", "vocab.json"} and find_vocab("~/c") == tmp_path/"c/vocab.json"
-    corpus = read_corpus("~/c", make_tokenizer(V), np.int64(4), classes=np.array([0, 1]), cache_dir="~/cache")
+    corpus = read_corpus("~/c", make_tokenizer({s: np.int64(i) for s, i in V.items()}), np.int64(4), classes=np.array([0, 1]), cache_dir="~/cache")
     assert (tmp_path/"cache").is_dir() and corpus.report["max_length"] == 4 and corpus.report["fingerprint"] == read_corpus(tmp_path/"c", make_tokenizer(V), 4, classes=["0", "1"], cache_dir="~/cache").report["fingerprint"]
     with pytest.raises(InputError, match="max_length is 4.5. It must be a whole number"): read_corpus("~/c", make_tokenizer(V), 4.5)
     with pytest.raises(InputError, match="given as list"): read_corpus(["~/c"], make_tokenizer(V))

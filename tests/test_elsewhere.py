@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2ForSequenceCla
 
 from seqgpt.model import make_config, new_model
 from seqgpt.tokenizer import any_of, framing, load_tokenizer, make_tokenizer, save_tokenizer
+from seqgpt.training import Config, model_card
 
 
 def environment(folder, *packages):
@@ -131,6 +132,7 @@ def test_text_goes_on_after_a_space(odd, capsys):
     new = continued(model, prompt[0].tolist(), 20)
     answer = pipeline("text-generation", str(folder))("<s> a ab ", max_new_tokens=20, do_sample=False)[0]["generated_text"]
     assert tokenizer(answer)["input_ids"] == [*prompt[0].tolist(), *(i for i in new if i not in tokenizer.all_special_ids)]
+    assert "pipeline_tag" not in model_card(model, tokenizer, Config(), {})
     model.generate(prompt, max_new_tokens=20, do_sample=False, streamer=TextStreamer(tokenizer))
     assert capsys.readouterr().out.strip() == tokenizer.decode([*prompt[0].tolist(), *new])
 
