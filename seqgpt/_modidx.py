@@ -548,6 +548,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'seqgpt.serving.serve': ('serving.html#serve', 'seqgpt/serving.py'),
                                 'seqgpt.serving.server_for': ('serving.html#server_for', 'seqgpt/serving.py'),
                                 'seqgpt.serving.several': ('serving.html#several', 'seqgpt/serving.py'),
+                                'seqgpt.serving.sliced': ('serving.html#sliced', 'seqgpt/serving.py'),
                                 'seqgpt.serving.to_json': ('serving.html#to_json', 'seqgpt/serving.py'),
                                 'seqgpt.serving.until_gone': ('serving.html#until_gone', 'seqgpt/serving.py'),
                                 'seqgpt.serving.wrong': ('serving.html#wrong', 'seqgpt/serving.py')},

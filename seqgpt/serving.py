@@ -7,8 +7,8 @@ __all__ = ['Ids', 'Prompts', 'HEADERS', 'ARRIVAL', 'server_for', 'running', 'Bus
            'Body', 'ModelRequest', 'StreamOptions', 'CompletionRequest', 'SequencesRequest', 'Refused', 'wrong',
            'several', 'read_prompts', 'read_stops', 'Logprobs', 'Choice', 'Usage', 'Completion', 'Score', 'Scores',
            'Class', 'Classes', 'Model', 'Models', 'Vocabulary', 'Wrong', 'Error', 'prompt_scores', 'Service',
-           'until_gone', 'Writer', 'to_json', 'event', 'reply', 'merge', 'answered', 'make_page', 'Guard', 'make_app',
-           'serve']
+           'until_gone', 'Writer', 'to_json', 'event', 'sliced', 'reply', 'merge', 'answered', 'make_page', 'Guard',
+           'make_app', 'serve']
 
 # %% ../nbs/09_serving.ipynb #b994650f
 import asyncio
@@ -759,8 +759,9 @@ async def complete(self: Service,
     first = await anext(parts) # what is wrong is known with the first
     async def events():
         try:
-            yield first
-            async for part in parts: yield part
+            async for piece in sliced(first): yield piece
+            async for part in parts:
+                async for piece in sliced(part): yield piece
             if counted: yield event({**head, "choices": [], "usage": usage()})
         except (Refused, asyncio.CancelledError) as e: yield event(wrong(e if isinstance(e, Refused) else Refused(503, "The server is being stopped.")))
         yield "data: [DONE]\n\n"
@@ -771,13 +772,19 @@ def to_json(data) -> str:
     pieces = json.JSONEncoder(allow_nan=False, separators=(",", ":")).iterencode(data)
     return "".join(iter(lambda: "".join(islice(pieces, 1000)), ""))
 
-def event(data) -> str:
+def event(data) -> bytes:
     "A part of a stream."
-    return f"data: {to_json(data)}\n\n"
+    return f"data: {to_json(data)}\n\n".encode()
+
+async def sliced(content: bytes):
+    "A little at a time: to hand on many megabytes at once would hold up others."
+    for k in range(0, len(content), 2**18): yield content[k:k + 2**18]
 
 async def reply(data) -> Response:
     "A whole answer, written in another thread."
-    return Response(await run_in_threadpool(lambda: to_json(data).encode()), media_type="application/json")
+    content = await run_in_threadpool(lambda: to_json(data).encode())
+    if len(content) <= 2**18: return Response(content, media_type="application/json")
+    return StreamingResponse(sliced(content), media_type="application/json", headers={"Content-Length": str(len(content))})
 
 def merge(
     whole: dict, # Changed

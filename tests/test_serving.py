@@ -241,6 +241,16 @@ def test_a_stream_is_server_sent_events_with_an_end(service):
     assert "usage" not in json.loads(blocks[0][6:]) or json.loads(blocks[0][6:])["usage"] is None
 
 
+def test_answers_of_a_megabyte_are_whole(service):
+    fields = {"prompt": some(1, seed=6)[0], "temperature": 0, "n": 25, "logprobs": 100, "echo": True}
+    answer = service.http.post("/v1/completions", json=fields)
+    assert int(answer.headers["content-length"]) == len(answer.content) > 1e6
+    whole = [(c["text"], c["logprobs"]["tokens"], len(c["logprobs"]["top_logprobs"])) for c in answer.json()["choices"]]
+    assert len(whole) == 25 and all(found == whole[0] for found in whole)
+    parts = [json.loads(part[6:])["choices"][0] for part in service.http.post("/v1/completions", json=fields | {"n": 1, "stream": True}).text.split("\n\n")[:-2]]
+    assert "".join(c["text"] for c in parts) == whole[0][0] and sum(len(c["logprobs"]["top_logprobs"]) for c in parts) == whole[0][2]
+
+
 def test_null_is_the_default(service):
     fields = ["max_tokens", "temperature", "top_p", "n", "seed", "stop", "echo", "logprobs", "stream", "stream_options", "suffix", "user", "best_of", "presence_penalty", "frequency_penalty", "logit_bias", "top_k", "prompt_logprobs", "return_token_ids", "model"]
     answer = service.http.post("/v1/completions", json={"prompt": "C4", **dict.fromkeys(fields)})
