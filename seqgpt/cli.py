@@ -662,10 +662,11 @@ def explain(
 
 # %% ../nbs/10_cli.ipynb #1ecba5db
 def stop_on_signals() -> dict: # Signal to what was done at it before
-    "Has SIGTERM do what Ctrl-C does, so that what is half written is removed, and SIGHUP and SIGUSR1 do what SIGTERM does; what is ignored stays so (`nohup`)."
-    def terminate(*_): signal.raise_signal(signal.SIGTERM) # a training or a server may have its own answer to that by now
+    """Has SIGTERM do what Ctrl-C does, so that what is half written is removed, and SIGHUP and SIGUSR1 what SIGTERM
+    does; what is ignored stays ignored (`nohup`)."""
+    def terminate(*_): signal.raise_signal(signal.SIGTERM) # a training or a server may answer it by now
     handlers = {"SIGTERM": signal.default_int_handler, "SIGHUP": terminate, "SIGUSR1": terminate}
-    signals = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)} # Windows has the first only
+    signals = {getattr(signal, name): h for name, h in handlers.items() if hasattr(signal, name)} # fewer on Windows
     return {s: signal.signal(s, handler) for s, handler in signals.items() if signal.getsignal(s) != signal.SIG_IGN}
 
 def main(

@@ -519,7 +519,7 @@ def training_split(
     cache_dir: str | None = None, # As for `read_corpus`; the folder of a model does not say where to write
 ) -> Split:
     "The data that a model was trained and validated on; raises `InputError` where it is gone, or has changed."
-    model_path = user_path(model_path)
+    model_path = Path(os.path.abspath(user_path(model_path)))
     written = model_path.parent/"split.json"
     try:
         config = replace(model_config(model_path), cache_dir=cache_dir)

@@ -246,7 +246,7 @@ def load_folder(
     folder: str | Path, # As for `saved_config`
     task: str | None = None, # "clm" or "classification"; None: what the model does
 ) -> tuple: # The model, as from `load_model`, and its tokenizer
-    "A model and its tokenizer, which belong together even while a training replaces them; raises `InputError` where there is none that fits."
+    "A model and its own tokenizer, even while a training replaces them; raises `InputError` where there is none that fits."
     while True:
         version = model_version(folder)
         try: found = load_model(folder, task or task_of(folder)), load_tokenizer(folder)

@@ -436,15 +436,16 @@ def whole_model(
     return full
 
 # %% ../nbs/04_training.ipynb #ae6a445d
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)] # Windows has the first two only
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 class StopOnSignal(TrainerCallback):
-    "Ctrl-C (SIGINT), SIGTERM, SIGHUP or SIGUSR1 finish the step, save a checkpoint and stop; once more a second later: at once. Used as a context around the training."
+    """A context around the training: Ctrl-C (SIGINT), SIGTERM, SIGHUP or SIGUSR1 finish the step, save a checkpoint
+    and stop; once more a second later: at once."""
     asked, when = False, math.inf
 
     def __enter__(self):
         main = threading.current_thread() is threading.main_thread() # only there can signals be received
-        heard = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN] # what is ignored stays so: `nohup` does that with SIGHUP
+        heard = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN] # `nohup` has SIGHUP ignored
         self.before = {s: signal.signal(s, self.ask) for s in heard} if main else {}
         return self
 
@@ -464,7 +465,7 @@ class StopOnSignal(TrainerCallback):
         if self.asked: control.should_save = control.should_training_stop = True
 
 def mute_closed_terminal():
-    "Has output go nowhere once its terminal is closed: there each line would be an error, which would keep a run from saving."
+    "Has output go nowhere once its terminal is closed: each line would be an error, and keep a run from saving."
     for stream in (1, 2):
         try: os.write(stream, b"")
         except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -596,13 +597,13 @@ def without_folders(
 def model_config(
     folder: str | Path, # Of a model, such as outputs/best_model
 ) -> Config:
-    "How a model was trained, with whole paths where the folder around it is that of the run; raises `InputError` where that is not known."
+    "How a model was trained, with whole paths if it is in the folder of its run; raises `InputError` where that is not known."
     folder = Path(os.path.abspath(user_path(folder)))
     config = read_config(folder/"config.yaml")
     try: run = read_settings(folder.parent/"config.yaml")
     except InputError: return config # a copy of the model alone
-    whole_paths = {name: run[name] for name in path_checks(Config) if isinstance(run.get(name), str) and os.path.isabs(run[name])}
-    return replace(config, **{name: path for name, path in whole_paths.items() if Path(path).name == getattr(config, name)})
+    paths = {name: run[name] for name in path_checks(Config) if isinstance(run.get(name), str) and os.path.isabs(run[name])}
+    return replace(config, **{name: path for name, path in paths.items() if Path(path).name == getattr(config, name)})
 
 # %% ../nbs/04_training.ipynb #26f847ad
 def save_model(
@@ -629,18 +630,20 @@ def save_model(
 def model_stays(
     out: str | Path, # A file or folder to be written
 ):
-    "Raises `InputError` where `out` is in the folder of a model that a run going on would replace, or has replaced meanwhile."
+    "Raises `InputError` where `out` is in the folder of a model that a training would replace, or has replaced meanwhile."
     folder = next((p for p in Path(os.path.abspath(user_path(out))).parents if (p/"model.safetensors").exists()), None)
+    going_on = "a training is going on, and its next best model would replace"
     remedy = "Wait for the end of the training, or choose an --out_dir that is not in the folder of the model."
     for run in folder.parents if folder else ():
         if (run/".lock").exists() and (run/"config.yaml").exists(): # a run, or a search with its trials
-            with alone(run/".lock", f"{run}: a training is going on, and its next best model would replace {folder} with all that is in it.\n{remedy}"): pass
+            with alone(run/".lock", f"{run}: {going_on} {folder} with all that is in it.\n{remedy}"): pass
     before = folder and model_version(folder)
     failed = None
     try: yield
     except Exception as e: failed = e # a file that is gone, perhaps
     if folder and model_version(folder) != before:
-        raise InputError(f"{folder}: a training has replaced the model meanwhile, so {out} was not written.\n{remedy}") from failed
+        happened = f"a training has replaced the model meanwhile, so {out} was not written"
+        raise InputError(f"{folder}: {happened}.\n{remedy}") from failed
     if failed: raise failed
 
 # %% ../nbs/04_training.ipynb #b26285d4
@@ -653,7 +656,8 @@ class Bar(ProgressCallback):
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero and self.prediction_bar is None:
-            self.prediction_bar = tqdm(total=len(eval_dataloader), desc="Validating", leave=self.training_bar is None, dynamic_ncols=True)
+            alone = self.training_bar is None
+            self.prediction_bar = tqdm(total=len(eval_dataloader), desc="Validating", leave=alone, dynamic_ncols=True)
         super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
