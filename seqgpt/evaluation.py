@@ -12,6 +12,7 @@ __all__ = ['perplexity_of', 'accuracy_of', 'BINS', 'short_name', 'OTHER_DATA', '
 
 # %% ../nbs/06_evaluation.ipynb #72e9c39c
 import json
+import os
 import math
 import warnings
 from dataclasses import dataclass, field, replace

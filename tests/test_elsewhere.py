@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from configparser import ConfigParser
 
 import ctranslate2
 import numpy as np
@@ -21,10 +22,13 @@ from seqgpt.tokenizer import any_of, framing, load_tokenizer, make_tokenizer, sa
 from seqgpt.training import Config, model_card
 
 
-def environment(folder, *packages):
+TORCH = torch.__version__.split("+")[0]
+
+
+def environment(folder, *packages, torch=TORCH):
     "Python, in a new environment with PyTorch and `packages`."
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    subprocess.run([folder/"bin/python", "-m", "pip", "install", "-q", f"torch=={torch.__version__.split('+')[0]}", *packages], check=True)
+    subprocess.run([folder/"bin/python", "-m", "pip", "install", "-q", f"torch=={torch}", *packages], check=True)
     return folder/"bin/python"
 
 
@@ -300,3 +304,32 @@ def test_vllm_has_the_same_scores_tokens_and_classes(odd, tmp_path):
     save_tokenizer(tokenizer, tmp_path/"c")
     for ids, found in zip(some, ask(tmp_path/"c", "classify")):
         with torch.no_grad(): assert np.allclose(found, classifier(torch.tensor([ids])).logits[0].softmax(-1), atol=1e-5)
+
+
+MAIN_JOB = """
+train --data_path data.jsonl --output_dir run --max_length 16 --max_steps 8 --optimizer muon
+train --resume --output_dir run --data_path data.jsonl --max_length 16 --max_steps 12 --optimizer muon
+train --data_path data.jsonl --output_dir c --max_steps 8 --task classification --init_from run/best_model
+train --data_path data.jsonl --output_dir lora --max_steps 8 --init_from run/best_model --lora_rank 2
+evaluate --model_path run/best_model
+infer --model_path run/best_model --mode generate --prompt C4 --num_samples 2
+infer --model_path c/best_model --mode classify --prompt C4
+export --model_path run/best_model --out_dir onnx
+infer --model_path onnx --runtime onnx --mode generate --prompt C4
+"""
+
+
+@pytest.mark.slow # several gigabytes are installed: of old versions of PyTorch the registry has builds for GPUs only
+def test_the_main_job_is_done_with_the_lowest_versions_that_are_allowed(trained, tmp_path):
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT/"settings.ini", encoding="utf-8")
+    named = "\n".join(settings["DEFAULT"][f"{extra}requirements"] for extra in ("", "onnx_", "lora_", "serve_"))
+    lowest = dict(re.findall(r"^([\w-]+)>=([\d.]+)", named, re.M))
+    torch = lowest.pop("torch")
+    python = environment(tmp_path/"venv", *(f"{name}=={version}" for name, version in lowest.items()), torch=torch)
+    (tmp_path/"data.jsonl").write_bytes((trained/"data.jsonl").read_bytes())
+    (tmp_path/"vocab.json").write_bytes((trained/"vocab.json").read_bytes())
+    for line in MAIN_JOB.strip().splitlines():
+        tiny = [] if "--init_from" in line or not line.startswith("train") else ["--n_layer", "1", "--n_head", "2", "--n_embd", "16"]
+        result = subprocess.run([python, "-m", "seqgpt.cli", *line.split(), *tiny], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert result.returncode == 0, f"{line}: {result.stderr}"
