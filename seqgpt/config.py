@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VOCAB_REMEDY', 'MODEL_REMEDY', 'OutputPath', 'DataPath', 'VocabPath', 'ModelPath', 'InputError', 'counted',
            'user_path', 'check_file', 'read_text', 'existing_data', 'existing_vocab', 'existing_model', 'path_checks',
-           'check_paths', 'plain', 'Config', 'literal', 'read_config', 'read_settings', 'PlainYaml']
+           'check_paths', 'to_builtin', 'Config', 'literal', 'read_config', 'read_settings', 'PlainYaml']
 
 # %% ../nbs/library/config.ipynb #427b36d0
 import json
@@ -118,12 +118,12 @@ def check_paths(
         except InputError as e: raise InputError(f"--{name} {e}") from None
 
 # %% ../nbs/library/config.ipynb #2728b2e3
-def plain(
+def to_builtin(
     value,
 ):
     "`value` in Python's own types: what NumPy or PyTorch holds, and what is in lists and dictionaries, becomes plain."
-    if isinstance(value, dict): return {plain(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple): return [plain(v) for v in value]
+    if isinstance(value, dict): return {to_builtin(k): to_builtin(v) for k, v in value.items()}
+    if isinstance(value, list | tuple): return [to_builtin(v) for v in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 # %% ../nbs/library/config.ipynb #ab6f13de
@@ -176,7 +176,7 @@ class Config:
     def __post_init__(self):
         kinds, paths = typing.get_type_hints(Config), path_checks(Config)
         for name, kind in kinds.items():
-            value = plain(getattr(self, name))
+            value = to_builtin(getattr(self, name))
             if name in paths and isinstance(value, str | Path): value = os.path.expanduser(value)
             setattr(self, name, value)
             fits = isinstance(value, float | int if kind is float else kind) and isinstance(value, bool) == (kind is bool)

@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 from scipy import sparse
 
-from .config import plain, user_path
+from .config import to_builtin, user_path
 from .data import corpus_files, find_vocab, label_symbols, read_lines, tqdm, whole_number, write_corpus, written_whole
 from .tokenizer import InputError, read_json, read_vocab
 
@@ -346,7 +346,7 @@ def write_markov(
     sequences, labels = source.draw(num_sequences, seed)
     tables = {"successors": source.successors.tolist(), "probabilities": source.probabilities.tolist()}
     about = {"kind": "markov", "rule": RULE, "order": source.order, "min_length": source.min_length, "max_length": source.max_length, "symbols": source.symbols}
-    with written_whole(folder/"source.json") as part: part.write_text(json.dumps(plain(about | tables)) + "\n", encoding="utf-8")
+    with written_whole(folder/"source.json") as part: part.write_text(json.dumps(to_builtin(about | tables)) + "\n", encoding="utf-8")
     write_corpus(folder, sequences, labels, {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *source.symbols])})
     return sequences, labels
 

@@ -26,7 +26,7 @@ from transformers import (
     SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
 )
 
-from .config import plain
+from .config import to_builtin
 from .corpora import digits_shape, plot_images, to_images
 from .data import tqdm
 from .tokenizer import InputError, unknown_symbol_hint
@@ -273,7 +273,7 @@ def chooser(
     min_length: int = 0, # Tokens, those of the prefix and padding included, before `<eos>` can come
 ): # A function of ids, (sequences, tokens), of the logits behind them, (sequences, vocabulary), and, if each sequence has dice of its own, of a list of generators; it gives the next ids, (sequences,)
     "How next tokens are chosen: Transformers' ways, in its order."
-    temperature, top_k, top_p, repetition_penalty = plain([temperature, top_k, top_p, repetition_penalty])
+    temperature, top_k, top_p, repetition_penalty = to_builtin([temperature, top_k, top_p, repetition_penalty])
     ways = [SuppressTokensLogitsProcessor([tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id])]
     no_end = SuppressTokensLogitsProcessor([tokenizer.eos_token_id])
     if repetition_penalty != 1: ways.append(RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))

@@ -28,7 +28,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
-from .config import MODEL_REMEDY, plain, user_path
+from .config import MODEL_REMEDY, to_builtin, user_path
 from .tokenizer import SPECIALS, InputError, load_tokenizer, read_json
 
 # %% ../nbs/03_model.ipynb #813314e3
@@ -78,7 +78,7 @@ def make_config(
     **fields, # Any other field that is `GPT2Config`'s own
 ) -> GPT2Config:
     "The configuration of a GPT-2 for a tokenizer; raises `InputError` for unknown fields and impossible values."
-    n_layer, n_head, n_embd, max_length, fields = map(plain, (n_layer, n_head, n_embd, max_length, fields))
+    n_layer, n_head, n_embd, max_length, fields = map(to_builtin, (n_layer, n_head, n_embd, max_length, fields))
     derived = dict(vocab_size=len(tokenizer), n_positions=max_length, bos_token_id=tokenizer.bos_token_id,
                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     if clash := {*derived, *label_fields([''])} & fields.keys(): raise InputError(f"{', '.join(sorted(clash))}: follows from the data and max_length, and cannot be set.")

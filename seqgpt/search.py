@@ -35,7 +35,7 @@ from matplotlib.ticker import MaxNLocator
 from optuna.trial import TrialState
 from transformers import GPT2Config, TrainerCallback
 
-from .config import counted, literal, plain
+from .config import counted, literal, to_builtin
 from .data import remove, sweep, tqdm, write_lines, written_whole
 from .model import make_config
 from .tokenizer import InputError, html_table, read_json
@@ -52,7 +52,7 @@ def read_range(
     what, # A list of choices, or a text: 4..64 for whole numbers, 0.0..0.3 for others, 1e-4..1e-2 (from above 0) by orders of magnitude
 ) -> optuna.distributions.BaseDistribution:
     "The values that a setting may have; raises `InputError` where `what` does not say any."
-    what = plain(what)
+    what = to_builtin(what)
     wrong = InputError(f"space.{name} is {what!r}. Write a list of choices, such as [2, 4, 6], or a range: 4..64 for whole numbers, 0.0..0.3 for others, 1e-4..1e-2 (from above 0) by orders of magnitude.")
     if not isinstance(what, str):
         choices = [literal(v) for v in what] if isinstance(what, list) else []
@@ -395,7 +395,7 @@ def search(
     prune: bool = True, # Stop trials that lag behind
 ) -> Search:
     "Searches for the settings with the lowest validation loss; raises `InputError` before anything is written, `Interrupted` later."
-    space, trials, prune = plain([space or SPACE, trials, prune])
+    space, trials, prune = to_builtin([space or SPACE, trials, prune])
     out = Path(config.output_dir)
     config = start_from(config)
     check_config(config)

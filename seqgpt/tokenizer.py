@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 # %% ../nbs/00_tokenizer.ipynb #7703c426
-from .config import MODEL_REMEDY, VOCAB_REMEDY, InputError, plain, read_text, user_path
+from .config import MODEL_REMEDY, VOCAB_REMEDY, InputError, read_text, to_builtin, user_path
 
 # %% ../nbs/00_tokenizer.ipynb #5fd3a363
 def symbol_problem(
@@ -81,7 +81,7 @@ def check_vocab(
 ) -> dict[str, int]: # Symbol to id, ordered by id
     "The vocabulary in `pairs`; raises `InputError` unless symbols are distinct and ids are 0..V-1."
     if not pairs: raise InputError(f"{where}: no symbols in it. A vocabulary is an object {{symbol: id}}.")
-    pairs = [(symbol, plain(i)) for symbol, i in pairs] # ids of NumPy are numbers, too
+    pairs = [(symbol, to_builtin(i)) for symbol, i in pairs] # ids of NumPy are numbers, too
     for symbol, i in pairs:
         if problem := symbol_problem(symbol): raise InputError(f"{where}: symbol {symbol!r} (id {i!r}) {problem}. Rename it.")
         if type(i) is not int: raise InputError(f"{where}: the id of {symbol!r} is {i!r}. Ids are whole numbers.")
