@@ -323,7 +323,7 @@ def read_sequences(
     cache_dir: str | None = None, # Where encoded data is kept
 ) -> tuple[list[list[str]], list[dict]]: # Symbols of each, without `<bos>` and `<eos>`; the other fields of its line
     "The first sequences at `path`, each whole; raises `InputError` with an account of all bad lines."
-    from seqgpt.data import BadLine, Problems, corpus_files, read_span, unframed, whole
+    from seqgpt.data import BadLine, Problems, corpus_files, read_span, remedy, unframed, whole
     from seqgpt.evaluation import training_split
     if not path:
         rows = training_split(model_path, tokenizer, cache_dir).validation[:most]
@@ -338,9 +338,8 @@ def read_sequences(
             where = f"line {number}" if len(files) == 1 else f"{origin.name}:{number}"
             problems.add(where, e.kind, e.detail)
     if (bad := problems.counts.total()) and not (skip_bad_lines and found):
-        remedy = "Mend them, or go on without them with --skip_bad_lines."
-        if not found: remedy = 'Is it JSON Lines in UTF-8? Each line is an object such as {"tokens": ["a", "b"]}.'
-        raise InputError(f"{path}: {bad:,} of {bad + len(found):,} lines cannot be used.\n{problems}.\n{remedy}")
+        advice = remedy({"skipped": bad, "sequences": len(found), "problems": str(problems), "classes": None})
+        raise InputError(f"{path}: {bad:,} of {bad + len(found):,} lines cannot be used.\n{problems}.\n{advice}")
     if not found: raise InputError(f'{path}: no sequences in it. A line is an object such as {{"tokens": ["a", "b"]}}.')
     if bad: print(f"{bad:,} bad line{'s'[:bad != 1]} left out ({problems}).", file=sys.stderr)
     return [symbols for symbols, _ in found], [fields for _, fields in found]

@@ -78,7 +78,9 @@ def symbol_ids(
         raise BadLine("no tokens", f'none of "tokens", "sequence", "text", "input_ids"{other_fields(record)}')
     found = record[key]
     if key == "text" and isinstance(found, str): found = found.split()
-    if not isinstance(found, list): raise BadLine("no tokens", f'"{key}" is {type(found).__name__}, not a list')
+    if is_missing(found): raise BadLine("no tokens", f'"{key}" is missing')
+    wanted = "text or a list" if key == "text" else "a list"
+    if not isinstance(found, list): raise BadLine("no tokens", f'"{key}" is {type(found).__name__}, not {wanted}')
     if not found: raise BadLine("empty sequence")
     if key == "input_ids": return [whole_id(i, len(vocab)) for i in found]
     if len(found) == 1 and isinstance(s := found[0], str) and len(s) > 1 and s not in vocab and vocab.keys() >= set(s):
@@ -129,9 +131,10 @@ def is_missing(
 ) -> bool:
     "Whether `value` is what these write where there is none: `None`, NaN, `NaT`, `pandas.NA`, or masked."
     if value is None or value is np.ma.masked: return True
+    if getattr(value, "ndim", 0): return False # several
     try: return bool(value != value)
     except TypeError: return True # pandas.NA is neither equal to itself nor not
-    except (RuntimeError, ValueError): return False # an array or a tensor of several
+    except (RuntimeError, ValueError): return False
 
 def label_name(
     label, # From JSON, NumPy, PyTorch or pandas
@@ -516,6 +519,7 @@ def written_whole(
 ):
     "Yields a name beside `path` to write a file or a folder to; it takes the place of `path` when all of it is on the disk, and is deleted after an error."
     path = user_path(path)
+    empty = not path.parent.exists() # and is to be gone after an error
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -532,6 +536,8 @@ def written_whole(
         raise
     finally:
         if os.path.lexists(part): remove(part)
+        if empty:
+            with contextlib.suppress(OSError): path.parent.rmdir() # which works only where nothing is in it
 
 def sync(
     path: Path, # A file or a folder
@@ -1195,7 +1201,10 @@ def write_corpus(
     sequences = (checked_symbols(q, f"Sequence {n:,}", floats) for n, q in numbered)
     if vocab is None:
         sequences = list(sequences)
-        vocab = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *sorted({s for q in sequences for s in q})])}
+        found = {s for q in sequences for s in q}
+        vocab = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *sorted(found)])}
+        if lost := sorted(found & {"nan", "NaN", "None", "NaT", "<NA>"}):
+            warnings.warn(f"Are these missing values that have become text? {', '.join(map(repr, lost))}", stacklevel=2)
     if isinstance(vocab, str | os.PathLike): vocab = read_vocab(vocab)
     if not isinstance(vocab, dict):
         raise InputError(f"The vocabulary is given as {type(vocab).__name__}. Give {{symbol: id}}, or a path.")
@@ -1216,8 +1225,8 @@ def write_corpus(
     write_lines(folder/"sequences.jsonl", rows())
     with written_whole(folder/"vocab.json") as part: part.write_text(json.dumps(vocab, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
     if floats:
-        some = f"{floats.total():,} of {symbols:,} symbols are floats, such as {next(iter(floats))}"
-        warnings.warn(f"{some}: {len(floats):,} different ones, each a symbol of its own, however close they are. "
+        some = f"Of {counted(symbols, 'symbol')} {floats.total():,} are floats, such as {next(iter(floats))}"
+        warnings.warn(f"{some}: {counted(len(floats), 'different value')}, each a symbol of its own, however close they are. "
                       "Put them into bins (numpy.digitize), or make whole numbers int.", stacklevel=2)
     return folder
 

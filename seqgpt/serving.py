@@ -361,7 +361,7 @@ class CompletionRequest(ModelRequest):
     n: int | None = Field(1, ge=1, description="Continuations of each prompt")
     seed: int | None = Field(None, ge=-1, lt=2**62, description="Same seed, same continuations; the k-th of several has seed + k. -1: any")
     stop: str | Annotated[list[str], Field(max_length=16)] | None = Field(None, description="A continuation ends before these symbols, which may be several with spaces between; or before any of a list. What the model cannot write is ignored")
-    echo: bool | None = Field(False, description="Give the prompt, too, as it was sent. With max_tokens 0 or 1 it may end with <eos>, and may take all positions")
+    echo: bool | None = Field(False, description="Give the prompt, too, as it was sent. With max_tokens 0 or 1 it may end with <eos> and take all positions; with logprobs, ids get no <bos> then")
     logprobs: Annotated[int, Field(ge=0)] | Literal[False] | None = Field(None, description="Give the log-probability of each token, and those of so many of the most probable: the model's own, before temperature and the like. The first token of an echoed prompt has none: null")
     prompt_logprobs: Annotated[int, Field(ge=0)] | Literal[False] | None = Field(None, description="The same for the tokens of the prompt")
     return_token_ids: bool | None = Field(False, description="Give ids, too")
@@ -421,6 +421,7 @@ def read_prompts(
     positions: int, # Of the model
     whole: bool = False, # Sequences with `<eos>` after them
     scored: bool = False, # `<eos>` may come last
+    as_sent: bool = False, # Ids are taken as they are, with no `<bos>` put before them
 ) -> list[tuple[list[int], int]]: # Ids, `<bos>` first; how many of them were put before what was sent: 1 or 0
     "The sequences of a request; raises `Refused` for those that cannot be used."
     if not given and not isinstance(given, str): raise Refused(400, f"{name} is an empty list. Give at least one sequence; an empty one is [[]] or \"\".", name)
@@ -430,12 +431,14 @@ def read_prompts(
         wrong = [i for i in one if not (isinstance(i, int) and 0 <= i < size)] if not isinstance(one, str) else []
         if wrong: raise Refused(400, f"{where}{wrong[0]} is not the id of a symbol; they go from 0 to {size - 1}.", name)
         symbols = one.split() if isinstance(one, str) else tokenizer.convert_ids_to_tokens(one)
-        added, ended = int(symbols[:1] != [bos]), symbols[-1:] == [eos] and (whole or scored)
+        bare = symbols[:1] != [bos]
+        added = int(bare and not (as_sent and symbols and not isinstance(one, str)))
+        ended = symbols[-1:] == [eos] and (whole or scored)
         if ended: del symbols[-1]
         length = added + len(symbols) + (whole or ended)
         if length > positions: raise Refused(400, f"{where}The sequence has {length} tokens, {bos} included, but the model has {positions} positions.", name, "context_length_exceeded")
-        try: ids = encode_prompt(tokenizer, symbols)
-        except InputError as e: raise Refused(400, where + str(e).replace("of the prompt", f"of {name}", 1).replace("cannot be continued", "cannot stand there", whole), name) from e
+        try: ids = encode_prompt(tokenizer, symbols, name)[bare - added:]
+        except InputError as e: raise Refused(400, where + str(e), name) from e
         found.append((ids + [tokenizer.eos_token_id]*(whole or ended), added))
     return found
 
@@ -446,8 +449,8 @@ def read_stops(
     "What ends a continuation; raises `Refused` for an empty one."
     found = []
     for one in several([] if given is None else given):
-        if not one.strip(" "): raise Refused(400, "stop: an empty one. Give one or more symbols.", "stop")
-        if any(c.isspace() and c != " " for c in one): continue # a continuation has no lines, so this never occurs
+        if not one: raise Refused(400, "stop: an empty one. Give one or more symbols.", "stop")
+        if not one.strip() or any(c.isspace() and c != " " for c in one): continue # neither lines nor spaces alone ever occur
         found.append(look_up(tokenizer, one.split())) # what is not in the vocabulary is <unk>, which is never drawn
     return found
 
@@ -619,7 +622,7 @@ def plan(self: Service,
     if body.best_of not in (1, body.n): raise Refused(400, "best_of: Not supported. It can only be 1 or n.", "best_of")
     scored = body.echo and body.max_tokens in (0, 1) # by programs that want to know how probable a sequence is: the token after it needs no position
     stops = read_stops(tokenizer, body.stop)
-    for ids, added in read_prompts(tokenizer, body.prompt, "prompt", positions, scored=scored):
+    for ids, added in read_prompts(tokenizer, body.prompt, "prompt", positions, scored=scored, as_sent=scored and body.logprobs is not None):
         room, asked = positions - len(ids) + scored, body.max_tokens
         if asked is None and room < 1 or asked is not None and asked > room:
             raise Refused(400, f"The prompt has {len(ids)} tokens, {tokenizer.bos_token} included; with {positions} positions there is room for {room} more, not for {1 if asked is None else asked}.", "max_tokens", "context_length_exceeded")

@@ -9,10 +9,11 @@ __all__ = ['PRECISIONS', 'perplexity', 'STOP_SIGNALS', 'check_config', 'to_be_sh
            'checkpoints_in', 'read_checkpoint', 'weights_fit', 'whole', 'shared_like', 'whole_model', 'StopOnSignal',
            'mute_closed_terminal', 'Interrupted', 'Diverged', 'StopWhenDiverged', 'OutOfMemory', 'out_of_memory',
            'largest_batch', 'say_what_fits', 'write_config', 'model_card', 'without_folders', 'model_config',
-           'save_model', 'model_stays', 'Bar', 'recent_loss', 'KeepBest', 'out_of_patience', 'validation_metrics',
-           'start_from', 'load_vocab', 'load_data', 'training_arguments', 'Finished', 'find_checkpoint', 'same_steps',
-           'run_identity', 'resume_command', 'begin_run', 'say_what_is_lacking', 'say_what_is_known',
-           'say_what_was_seen', 'Run', 'plot_curves', 'save_curves', 'task_parts', 'train', 'alone_in', 'run_trainer']
+           'save_model', 'model_around', 'model_stays', 'Bar', 'recent_loss', 'KeepBest', 'keep_results',
+           'out_of_patience', 'validation_metrics', 'start_from', 'load_vocab', 'load_data', 'training_arguments',
+           'Finished', 'find_checkpoint', 'same_steps', 'run_identity', 'resume_command', 'begin_run',
+           'say_what_is_lacking', 'say_what_is_known', 'say_what_was_seen', 'Run', 'plot_curves', 'save_curves',
+           'task_parts', 'train', 'alone_in', 'run_trainer']
 
 # %% ../nbs/04_training.ipynb #a6d846ff
 import contextlib
@@ -626,12 +627,18 @@ def save_model(
         (part/"README.md").write_text(model_card(model, tokenizer, config, metrics), encoding="utf-8")
 
 # %% ../nbs/04_training.ipynb #3be7b9d7
+def model_around(
+    path: str | Path, # A file or folder, which need not be there
+) -> Path | None:
+    "The folder of a model that `path` is in."
+    return next((p for p in Path(os.path.abspath(user_path(path))).parents if (p/"model.safetensors").exists()), None)
+
 @contextlib.contextmanager
 def model_stays(
     out: str | Path, # A file or folder to be written
 ):
     "Raises `InputError` where `out` is in the folder of a model that a training would replace, or has replaced meanwhile."
-    folder = next((p for p in Path(os.path.abspath(user_path(out))).parents if (p/"model.safetensors").exists()), None)
+    folder = model_around(out)
     going_on = "a training is going on, and its next best model would replace"
     remedy = "Wait for the end of the training, or choose an --out_dir that is not in the folder of the model."
     for run in folder.parents if folder else ():
@@ -706,7 +713,9 @@ class KeepBest(TrainerCallback):
         keep = gather_object([best or not (self.output_dir/"best_model").exists()])[0] # as the first process sees it
         model = whole_model(model) if keep else None
         if not state.is_world_process_zero: return
-        if keep: save_model(self.output_dir/"best_model", model, self.tokenizer, self.config, found)
+        if keep:
+            keep_results(self.output_dir/"best_model")
+            save_model(self.output_dir/"best_model", model, self.tokenizer, self.config, found)
         speed = (state.num_input_tokens_seen - self.tokens) / self.seconds if self.seconds else math.nan
         self.seconds, self.tokens = 0, state.num_input_tokens_seen
         level = next(iter(found)) # perplexity or loss
@@ -714,6 +723,16 @@ class KeepBest(TrainerCallback):
         tqdm.write(f"{self.head}{found['epoch']:6.2f} {found['step']:7} {found.get(f'train_{level}', math.nan):10.4g} {found[level]:9.4g} {found['accuracy']:9.2%}{more} "
                    f"{speed:9,.0f}{'  best so far' if best else ''}")
         self.head = "" # once, above the first line: in Jupyter, `Trainer`'s own table comes in between
+
+def keep_results(
+    folder: Path, # Of a model that is to be replaced
+):
+    "Moves what was made of the model since, such as `onnx`, out of `folder`; but a run makes its `evaluation` anew."
+    for made in sorted(p for p in folder.glob("*") if p.is_dir() and p.name != "evaluation"):
+        kept = folder.parent/f"{made.name}_of_step_{read_json(folder/'metrics.json').get('step')}"
+        if kept.exists(): continue
+        made.rename(kept)
+        tqdm.write(f"{made} belongs to an earlier model: it is {kept} now.")
 
 def out_of_patience(
     config: Config,
@@ -1082,6 +1101,7 @@ def alone_in(
     out: Path, # Folder of a run
 ):
     "A lock for writing into the folder of a run; raises `InputError` where another run has it."
+    if folder := model_around(out): raise InputError(f"{out}: is in {folder}, the folder of a model. Choose another --output_dir.")
     return alone(out/".lock", f"{out}: another run is writing there. Wait for its end, or choose another --output_dir.")
 
 def run_trainer(

@@ -125,7 +125,7 @@ def test_a_language_model_is_no_classifier_and_the_other_way_round(classifier):
 def test_evaluate_other_data(classifier, tmp_path):
     ask = lambda *args: seqgpt("evaluate", "--model_path", classifier/"c/best_model", "--data_path", "data.jsonl", "--out_dir", "e", *args, cwd=tmp_path, drawn=False)
     write_lines(tmp_path, [{"tokens": NOTES, "label": "up"}, {"tokens": NOTES[::-1], "label": "down"}, {"tokens": NOTES}, {"tokens": ["H4"], "label": "up"}, {"tokens": NOTES[::-1], "label": "down $"}])
-    refused(ask(), "3 of 5 lines", "unknown label: 1, at line 2 ('down')", "label missing: 1, at line 3", "--skip_bad_lines")
+    refused(ask(), "3 of 5 lines", "unknown label: 1, at line 2 ('down')", "label missing: 1, at line 3", "Mend them.")
     result = ask("--skip_bad_lines")
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path/"e/metrics.json").read_text())
@@ -225,8 +225,8 @@ def test_one_bad_line_does_not_stop_the_others(classifier, held_out, tmp_path):
     write_lines(tmp_path, [good[0], *bad, b"{", *good[1:]])
     command = ["infer", "--model_path", classifier/"c/best_model", "--mode", "classify", "--prompt_file", "data.jsonl"]
     ask = lambda *args: seqgpt(*command, "--out_dir", "p", *args, cwd=tmp_path)
-    refused(ask(), "4 of 7 lines", "unknown token: 1, at line 2 ('c4')", "longer than the 16 positions of the model: 1, at line 3",
-            "special token inside a sequence: 1, at line 4", "malformed JSON: 1, at line 5", "--skip_bad_lines")
+    refused(ask(), "4 of 7 lines", "unknown token: 1, at line 2 ('c4': the vocabulary has 'C4')", "longer than the 16 positions of the model: 1, at line 3",
+            "special token inside a sequence: 1, at line 4", "malformed JSON: 1, at line 5", "Mend them.")
     assert not (tmp_path/"p").exists()
     result = ask("--skip_bad_lines")
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 3 and "4 bad lines left out (" in result.stderr

@@ -220,7 +220,7 @@ def test_infer_mistakes(trained):
     refused(ask("--mode", "classfy"), "mode")
     refused(ask("--mode", "generate", "--prompt_file", "none.jsonl"), "none.jsonl")
     refused(ask("--mode", "generate", "--prompt", "C4D4"), "'C4D4'")
-    refused(ask("--mode", "generate", "--prompt", "C4 <eos>"), "'<eos>', cannot be continued")
+    refused(ask("--mode", "generate", "--prompt", "C4 <eos>"), "'<eos>', is out of place")
     refused(ask("--mode", "generate", "--num_prompts", "-3"), "num_prompts is -3")
     refused(ask("--mode", "generate", "--num_prompts", "3", "--prompt", "C4"), "one of --prompt")
     refused(ask("--top", "0"), "top is 0")

@@ -230,6 +230,7 @@ def test_a_file_with_an_object_on_some_line_is_read(name, tmp_path):
 V = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *"012"])}
 ROWS = [[0, 1, 2], [2, 2, 1]]
 SEQUENCES = { # the same
+    "pandas": [pd.array(q, dtype="Int64") for q in ROWS], "pandas text": [pd.array([*map(str, q)], dtype="string") for q in ROWS],
     "lists": ROWS, "tuples": tuple(map(tuple, ROWS)), "text": ["012", "221"], "arrays": np.array(ROWS), "small numbers": [np.array(q, np.uint8) for q in ROWS], "numbers": [[np.int64(k) for k in q] for q in ROWS], "array of objects": np.array([*map(str, range(3)), *"221"], object).reshape(2, 3),
     "tensor": torch.tensor(ROWS), "tensors": [torch.tensor(q, dtype=torch.int16) for q in ROWS], "single tensors": [[torch.tensor(k) for k in q] for q in ROWS], "column": pd.Series(ROWS, index=[7, 3]), "columns": [pd.Series(q, index=[9, 8, 7]) for q in ROWS], "column of text": pd.Series(["012", "221"], dtype="string"),
     "categories": [pd.Categorical(q) for q in ROWS], "whole numbers of pandas": [pd.Series(q, dtype="Int64") for q in ROWS], "Arrow": pa.array(ROWS), "generator": (iter(q) for q in ROWS),
@@ -255,10 +256,17 @@ def test_labels_of_every_library(name, tmp_path):
     assert [(type(found := row.get("label")), found) for row in written(write_corpus(tmp_path/"c", ROWS, labels))] == [(type(label), label) for label in want]
 
 
+def test_missing_values_that_have_become_text(tmp_path):
+    with pytest.warns(UserWarning, match="Are these missing values that have become text. 'nan'"):
+        write_corpus(tmp_path/"c", np.array([["a", float("nan")], ["b", "a"]]))
+
+
 @pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), np.datetime64("NaT"), pd.NaT, pd.NA, np.ma.masked], ids=repr)
 def test_what_is_missing_is_no_symbol(missing, tmp_path):
     with pytest.raises(InputError, match=r"^Sequence 2, symbol 3 is missing \("): write_corpus(tmp_path/"c", [["a", "b"], ["a", "b", missing]])
     with pytest.raises(InputError, match=r"^Sequence 2 is missing \("): write_corpus(tmp_path/"c", [["a"], missing])
+    with pytest.raises(InputError, match=r"^Sequence 1, symbol 2 is missing"): write_corpus(tmp_path/"d", [["a", missing]], vocab=V)
+    assert not (tmp_path/"d").exists()
     assert not (tmp_path/"c").exists()
     assert written(write_corpus(tmp_path/"c", ["a", "b"], [missing, 1])) == [{"tokens": ["a"]}, {"tokens": ["b"], "label": 1}] # but it may be no label
 
@@ -279,7 +287,7 @@ def test_what_is_no_label(labels, words, tmp_path):
 
 
 def test_floats_as_symbols_get_a_warning(tmp_path):
-    with pytest.warns(UserWarning, match=r"^4 of 6 symbols are floats, such as 0\.5: 3 different ones"): write_corpus(tmp_path/"c", [[0.5, 1, 2.5], np.array([0.5, 1.5]), "a"])
+    with pytest.warns(UserWarning, match=r"^Of 6 symbols 4 are floats, such as 0\.5: 3 different values"): write_corpus(tmp_path/"c", [[0.5, 1, 2.5], np.array([0.5, 1.5]), "a"])
 
 
 def test_a_vocabulary_may_be_a_file_and_must_hold_all_symbols(tmp_path):

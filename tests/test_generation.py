@@ -1,4 +1,5 @@
 "Generation against Transformers' own `generate`: the same tokens, greedy and with the same dice."
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -181,21 +182,25 @@ def test_impossible_numbers_of_new_tokens():
 # --- what is given
 
 def test_scores_are_those_of_transformers_and_symbols_are_checked():
-    model, sequences = random_model(scale=3), ["C1 D1 E1", NOTES[:30], ["<bos>", "G8", "<eos>"], [1, 4, 2], ""]
+    model, sequences = random_model(scale=3), ["C1 D1 E1", NOTES[:30], ["<bos>", "G8", "<eos>"], np.array([1, 4, 2]), [4], ""]
     found = score_sequences(model, TOKENIZER, sequences, batch_size=2)
-    for nats, ids in zip(found, [[1, 4, 5, 6, 2], [1, *range(4, 34), 2], [1, VOCAB["G8"], 2], [1, 4, 2], [1, 2]], strict=True):
+    for nats, ids in zip(found, [[1, 4, 5, 6, 2], [1, *range(4, 34), 2], [1, VOCAB["G8"], 2], [1, 4, 2], [1, 4, 2], [1, 2]], strict=True):
         ids = torch.tensor([ids])
         with torch.no_grad(): expected = model(ids, labels=ids).loss.item()
         assert len(nats) == ids.shape[1] - 1 and nats.mean() == pytest.approx(expected, abs=1e-4)
     for given, says in ((["C1 c1"], "Symbol 2 of sequence 1, 'c1', is not in the vocabulary"),
-                        (["C1", ["C1", "<eos>", "D1"]], "Symbol 2 of sequence 2, '<eos>', cannot stand there"),
+                        (["C1", ["C1", "<eos>", "D1"]], "Symbol 2 of sequence 2, '<eos>', is out of place"),
                         (["C1"]*9 + [["C1"]*139], "Sequence 10 has 141 tokens, <bos> and <eos> included, but the model has 140"),
+                        (["C1", [1, 4, 3]], "Token 3 of sequence 2 is <unk>"), ([[1, 10**6]], "1000000, is not the id of a symbol"),
+                        ([[True, 4]], "True, is not the id"), (["C1", None], "A sequence is None"), ([["C1", None]], "Sequence 1 holds None"),
                         ("C1 D1", "Give a list of sequences")):
         with pytest.raises(InputError, match=says): score_sequences(model, TOKENIZER, given)
     with pytest.raises(InputError, match="A sequence has 141 tokens, but the model has 140"):
         evaluate(model, TOKENIZER, Dataset.from_list([{"input_ids": [4]*141, "label": None}]))
     with pytest.raises(InputError, match="Give a list of prompts"): generate(model, TOKENIZER, "C1 D1")
-    with pytest.raises(InputError, match="holds 4"): generate(model, TOKENIZER, [[4, 5]])
+    for given, says in (([[4, 5]], "The prompt holds 4"), (["C1", ["C1", None]], "Prompt 2 holds None"), ([None], "A prompt is None"),
+                        (["C1", "c1"], "Symbol 1 of prompt 2, 'c1', is not in the vocabulary")):
+        with pytest.raises(InputError, match=says): generate(model, TOKENIZER, given)
 
 
 def test_next_tokens_of_several_prefixes():

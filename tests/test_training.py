@@ -198,3 +198,14 @@ def test_results_in_a_model_that_a_training_or_a_search_may_replace(tmp_path):
     with pytest.raises(InputError, match="has replaced the model meanwhile"), T.model_stays(best/"evaluation"):
         small_model(best, "ab")
         open(best/"evaluation")
+    with pytest.raises(InputError, match="the folder of a model"): T.alone_in(best/"tuned")
+
+
+def test_what_was_made_of_a_model_is_kept_when_a_better_one_takes_its_place(config, tmp_path, capsys):
+    short = replace(config, output_dir=str(tmp_path), eval_steps=2, max_steps=2)
+    T.train(short)
+    (tmp_path/"best_model/onnx").mkdir()
+    (tmp_path/"best_model/onnx/model.onnx").write_text("of the first two steps")
+    T.train(replace(short, max_steps=4, resume=True))
+    assert not (tmp_path/"best_model/onnx").exists() and (tmp_path/"onnx_of_step_2/model.onnx").read_text() == "of the first two steps"
+    assert "onnx belongs to an earlier model" in capsys.readouterr().out
