@@ -78,7 +78,7 @@ def symbol_ids(
         raise BadLine("no tokens", f'none of "tokens", "sequence", "text", "input_ids"{other_fields(record)}')
     found = record[key]
     if key == "text" and isinstance(found, str): found = found.split()
-    if is_missing(found): raise BadLine("no tokens", f'"{key}" is missing')
+    if found is None or found != found: raise BadLine("no tokens", f'"{key}" is missing')
     wanted = "text or a list" if key == "text" else "a list"
     if not isinstance(found, list): raise BadLine("no tokens", f'"{key}" is {type(found).__name__}, not {wanted}')
     if not found: raise BadLine("empty sequence")
@@ -195,7 +195,7 @@ KINDS = [ # How files begin that are something else; what that is, and what to d
     (rb"PK\x03\x04", "a zip archive", "unpack"), (rb".{257}ustar", "a tar archive", "unpack"),
     (rb"\x1f\x8b", "a gzip file", "unpack"),
     (rb"BZh\d|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf", "compressed, but not with gzip", "unpack"),
-    (rb"\x89HDF", "an HDF5 file", "write"), (rb"\x80[\x02-\x05]", "a pickle", "write"),
+    (rb"\x89HDF", "an HDF5 file", "write"), (rb"\x80[\x02-\x05]", "serialized Python objects", "write"),
     (rb"MThd", "a MIDI file", "midi"),
     (rb"ARROW1|FEA1|\xff\xff\xff\xff", "an Arrow or Feather file", "parquet"),
     (rb"SQLite format 3", "a SQLite database", "write"), (rb"\xff\xfe|\xfe\xff", "text in UTF-16", "utf-8"),
@@ -1184,7 +1184,7 @@ def checked_list(
     if hasattr(values, "to_pylist"): values = values.to_pylist() # Arrow
     if hasattr(values, "columns"):
         raise InputError(f"The {what} are given as a table. Give the column that holds them, such as table[{what!r}].")
-    if not isinstance(values, Iterable) or isinstance(values, bytes | Mapping | Set):
+    if not isinstance(values, Iterable) or isinstance(values, bytes | Mapping | Set) or getattr(values, "ndim", 1) == 0:
         raise InputError(f"The {what} are given as {type(values).__name__}. Give a list of them.")
     return values
 

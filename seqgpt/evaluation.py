@@ -61,7 +61,12 @@ def score_sequences(
 ) -> list[np.ndarray]: # For each sequence, the loss in nats of each of its symbols and of `<eos>`
     "How well each sequence is predicted; raises `InputError` for unknown symbols, and for sequences that are too long."
     if batch_size < 1: raise InputError(f"batch_size is {batch_size}. It must be at least 1.")
-    ids, found = encode_sequences(model, tokenizer, sequences), []
+    if not isinstance(sequences, str): sequences = list(sequences)
+    ids, found, unk = encode_sequences(model, tokenizer, sequences), [], tokenizer.unk_token_id
+    for k, (given, encoded) in enumerate(zip(sequences, ids), 1):
+        if unk in encoded and tokenizer.unk_token not in given: # ids that were made by the tokenizer, which does not complain
+            raise InputError(f"Token {encoded.index(unk) + 1} of sequence {k} is {tokenizer.unk_token}: its symbol was not in the vocabulary. "
+                             "Give the symbols themselves.")
     for start in range(0, len(ids), batch_size):
         some = ids[start:start + batch_size]
         nats, _, _ = token_scores(model, collate([{"input_ids": s} for s in some], tokenizer.pad_token_id))

@@ -30,7 +30,7 @@ from transformers import (
 
 from .config import to_builtin
 from .corpora import digits_shape, plot_images, to_images
-from .data import frame, tqdm
+from .data import frame, tqdm, whole_number
 from .tokenizer import InputError, unknown_symbol_hint
 
 # %% ../nbs/05_inference.ipynb #0095897b
@@ -112,12 +112,11 @@ def check_ids(
     ids: list, # Of symbols
     name: str, # What to call them in messages
 ) -> list[int]:
-    "`ids`; raises `InputError` where one is no symbol, or that of `<unk>`, which a tokenizer gives for any unknown symbol."
-    size, unk = tokenizer.vocab_size, tokenizer.unk_token_id
-    wrong = next((k for k, i in enumerate(ids) if type(i) is not int or not 0 <= i < size or i == unk), None)
+    "`ids`; raises `InputError` where one is no symbol."
+    size = tokenizer.vocab_size
+    wrong = next((k for k, i in enumerate(ids) if type(i) is not int or not 0 <= i < size), None)
     if wrong is None: return ids
-    if ids[wrong] != unk: raise InputError(f"Token {wrong + 1} of {name}, {ids[wrong]!r}, is not the id of a symbol; they go from 0 to {size - 1}.")
-    raise InputError(f"Token {wrong + 1} of {name} is {tokenizer.unk_token}: its symbol was not in the vocabulary. Give the symbols themselves.")
+    raise InputError(f"Token {wrong + 1} of {name}, {ids[wrong]!r}, is not the id of a symbol; they go from 0 to {size - 1}.")
 
 def encode_sequences(
     model, # Of any task
@@ -153,9 +152,14 @@ def next_tokens(
     top: int = 10, # How many to give
 ) -> list: # Pairs of symbol and probability, the most probable first; of several prefixes a list of such lists
     "The most probable next symbols."
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) and isinstance(prompt, Iterable):
+        prompt = list(prompt)
         if any(isinstance(p, (list, tuple)) for p in prompt):
-            return [next_tokens(model, tokenizer, p, top) for p in prompt]
+            found = {} # of each distinct prefix
+            for p in prompt:
+                ids = tuple(encode_prompt(tokenizer, p))
+                if ids not in found: found[ids] = next_tokens(model, tokenizer, p, top)
+            return [found[tuple(encode_prompt(tokenizer, p))] for p in prompt]
         if several := next((p for p in prompt if isinstance(p, str) and len(p.split()) != 1), None):
             raise InputError(f"{several!r} is not one symbol. Give several prefixes as lists: [['a', 'b'], ['c']].")
     return likeliest(tokenizer, next_logits(model, encode_prompt(tokenizer, prompt)), top)
@@ -376,6 +380,9 @@ def generate(
     min_new_tokens: int = 0, # So many symbols come before a sequence may end
 ) -> Samples: # A list: samples of the first prefix, then of the second, ...
     "Continues each prefix; raises `InputError` for impossible options and prefixes that are too long."
+    num_samples, max_new_tokens, min_new_tokens, seed = (
+        None if value is None else whole_number(value, name) for name, value in
+        dict(num_samples=num_samples, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, seed=seed).items())
     for name, value, fine, rule in (
             ("num_samples", num_samples, num_samples >= 1, "at least 1"), ("max_new_tokens", max_new_tokens, max_new_tokens is None or max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", min_new_tokens, 0 <= min_new_tokens <= (max_new_tokens or min_new_tokens),
@@ -384,8 +391,9 @@ def generate(
             ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"), ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < float("inf"), "more than 0"),
             ("guidance", guidance, 0 <= guidance < float("inf"), "0 or more"), ("seed", seed, seed is None or 0 <= seed < 2**63, "0 or more, below 2**63")):
         if not fine: raise InputError(f"{name} is {value}. It must be {rule}.")
-    if isinstance(prompts, str):
-        raise InputError(f"{prompts[:40]!r} is one prompt. Give a list of prompts, even of one.")
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise InputError(f"{str(prompts)[:40]!r} is one prompt. Give a list of prompts, even of one.")
+    prompts = list(prompts)
     one = len(prompts) == 1
     starts = [encode_prompt(tokenizer, p, "the prompt" if one else f"prompt {k}") for k, p in enumerate(prompts, 1)]
     positions = model.config.n_positions

@@ -591,9 +591,9 @@ on `{config.data_path}`, validated on {f"`{config.validation_path}`" if config.v
 def without_folders(
     config: Config,
 ) -> Config: # To be shared
-    "`config` with the name alone of each file or folder that has an absolute path."
+    "`config` with the name alone of each file or folder that has an absolute path, after dots: it is found nowhere else by chance."
     paths = {name: getattr(config, name) or "" for name in path_checks(Config)}
-    return replace(config, **{name: Path(path).name for name, path in paths.items() if os.path.isabs(path)})
+    return replace(config, **{name: f".../{Path(path).name}" for name, path in paths.items() if os.path.isabs(path)})
 
 def model_config(
     folder: str | Path, # Of a model, such as outputs/best_model
@@ -604,7 +604,7 @@ def model_config(
     try: run = read_settings(folder.parent/"config.yaml")
     except InputError: return config # a copy of the model alone
     paths = {name: run[name] for name in path_checks(Config) if isinstance(run.get(name), str) and os.path.isabs(run[name])}
-    return replace(config, **{name: path for name, path in paths.items() if Path(path).name == getattr(config, name)})
+    return replace(config, **{name: path for name, path in paths.items() if f".../{Path(path).name}" == getattr(config, name)})
 
 # %% ../nbs/04_training.ipynb #26f847ad
 def save_model(

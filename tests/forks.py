@@ -103,6 +103,7 @@ def child(job, rank, write):
     if job.get("fsdp"): share_out()
     if job.get("bare"): cli.show_run = training.save_curves = lambda *_: None
     signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests run in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL) # ignored under nohup
     answer, out, err = {"events": 0}, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         send_when_it_is_time(job, rank, answer)

@@ -29,6 +29,7 @@ def watch(event, args):
     if not watching: return
     if event in FORBIDDEN and args != (None,): happened.append((event, str(args)))
     elif event == "open" and isinstance(args[0], (str, bytes)) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT): happened.append(("write", os.path.realpath(os.fsdecode(args[0]))))
+    elif event == "os.mkdir" and os.path.isdir(args[0]): pass # it is there already
     elif event in ("os.mkdir", "os.symlink", "os.link"): happened.append(("write", os.path.realpath(os.fsdecode(args[0]))))
     elif event == "os.rename": happened.append(("write", os.path.realpath(os.fsdecode(args[1]))))
 
@@ -38,14 +39,14 @@ sys.addaudithook(watch) # cannot be taken away again, so `watching` turns it on
 
 @contextmanager
 def observed(*may_write):
-    "Nothing forbidden happens, and nothing is written but beneath `may_write`, and where encoded data is kept."
+    "Nothing forbidden happens, and nothing is written but beneath `may_write`, where encoded data is kept, and the lock of a run."
     global watching
     happened.clear()
     watching = True
     try: yield
     finally: watching = False
     places = [os.path.realpath(p) for p in (*may_write, os.environ["HF_DATASETS_CACHE"])]
-    assert not [(event, what) for event, what in happened if event != "write" or not (what == "/dev/null" or any(what == p or what.startswith(p + os.sep) for p in places))]
+    assert not [(event, what) for event, what in happened if event != "write" or not (what == "/dev/null" or what.endswith("/outputs/.lock") or any(what == p or what.startswith(p + os.sep) for p in places))]
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +189,9 @@ def test_terminals_obey_nobody(copied):
     plain = lambda result: all(c.isprintable() or c in "\n\t" for c in result.stdout + result.stderr)
     (copied/"many").mkdir()
     escape = "\x1b]0;mine\x07\x1b[2J\x9b31m"
-    for name, text in {f"{escape}.jsonl": "x\n", "b.jsonl": "".join(json.dumps(r) + "\n" for r in LINES) + json.dumps({"tokens": [escape]}) + "\n" + json.dumps({"tokens": ["C4"], "label": escape}) + "\n"}.items(): (copied/"many"/name).write_text(text)
+    for name, text in {f"{escape}.jsonl": '{"x\n', "b.jsonl": "".join(json.dumps(r) + "\n" for r in LINES) + json.dumps({"tokens": [escape]}) + "\n" + json.dumps({"tokens": ["C4"], "label": escape}) + "\n"}.items(): (copied/"many"/name).write_text(text)
     result = seqgpt(*EVALUATE, "--data_path", "many", "--skip_bad_lines", cwd=copied, drawn=False)
-    assert result.returncode == 0 and plain(result) and "\\x1b" in result.stdout and "3 bad lines left out" in result.stdout, result.stderr
+    assert result.returncode == 0 and plain(result) and "\\x1b" in result.stdout and "2 bad lines left out" in result.stdout, result.stderr
     for args in (["--prompt", escape], ["--prompt_file", escape], ["--model_path", escape], ["--config", escape], [escape], [f"--{escape}"], ["--mode", escape]):
         result = seqgpt(*INFER, *args, cwd=copied)
         refused(result)

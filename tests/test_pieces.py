@@ -235,7 +235,7 @@ def test_helpers_report_what_is_broken_and_leave_no_warning(tmp_path):
     process = encode(tmp_path)
     out, err = process.communicate(timeout=600)
     assert process.returncode and "Is it complete?" in err, err
-    assert err.strip().splitlines()[-1].startswith("seqgpt.tokenizer.InputError: a/9.jsonl.gz, after line"), err
+    assert err.strip().splitlines()[-1].startswith("seqgpt.config.InputError: a/9.jsonl.gz, after line"), err
     assert "a helper speaks" in out and "warn" not in err.lower(), err
     assert all_gone(process.pid) and not [*(tmp_path/"cache").glob(".*.part")]
 

@@ -92,7 +92,7 @@ def behind(made, page, tokens):
 
 def says(page, made, tokens):
     "The panel says what the classifier makes of a beginning."
-    scores = predict(made.classifier, made.tokenizer, [[*encode_prompt(made.tokenizer, tokens), made.tokenizer.eos_token_id]])[0]
+    scores = predict(made.classifier, made.tokenizer, [tokens])[0]
     expect(page.locator("#classes li")).to_have_text([f"{c}{percent(x)}" for c, x in zip(CLASSES, torch.tensor(scores).softmax(-1).tolist())])
 
 

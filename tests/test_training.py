@@ -156,7 +156,7 @@ def test_settings_around_a_model_that_are_not_of_its_run(config, tmp_path):
     T.write_config(T.without_folders(config), model/"config.yaml")
     for around in ("data_path: /elsewhere/other\n", "data_path: 3\n", "- no settings"):
         (tmp_path/"config.yaml").write_text(around)
-        assert T.model_config(model).data_path == "data"
+        assert T.model_config(model).data_path == ".../data"
 
 
 # --- two who use one folder
