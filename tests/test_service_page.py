@@ -292,9 +292,9 @@ def test_what_goes_wrong_is_said(melody, page):
         del service.engine.submit
         goes(page)
 
-        page.get_by_label("Seed").evaluate("seed => seed.value = -1")
+        page.get_by_label("Seed").evaluate("seed => seed.value = -2")
         go.click()
-        say("The server says: seed: Input should be greater than or equal to 0.")
+        say("The server says: seed: Input should be greater than or equal to -1.")
         page.get_by_label("Seed").fill("1")
 
         choose, steps = service.engine.choose, service.engine.steps
