@@ -723,17 +723,19 @@ def first_step(
 ) -> tuple[float, float | None]: # Seconds; MB of memory
     "How long it takes from the command to the first training step."
     start, shown = time.perf_counter(), b""
+    terminal, its_end = os.openpty() # elsewhere no bar is shown
     process = subprocess.Popen([sys.executable, "-m", "seqgpt.cli", "train", *map(str, flags), "--max_steps", str(LONG), "--eval_steps", str(LONG)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"})
+                               stdout=subprocess.DEVNULL, stderr=its_end, env={k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"})
+    os.close(its_end)
     try:
         while not re.search(rb"\D[1-9]\d*/%d \[" % LONG, shown):
-            new = os.read(process.stderr.fileno(), 10_000)
-            if not new: raise RuntimeError(f"seqgpt train failed: {shown.decode()[-200:]}")
-            shown += new
+            try: shown += os.read(terminal, 10_000)
+            except OSError: raise RuntimeError(f"seqgpt train failed: {shown.decode()[-200:]}") from None # it has ended
         return time.perf_counter() - start, peak_memory(process.pid)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        os.close(terminal)
 
 def bench_data(
     folder: str | Path, # To work in
