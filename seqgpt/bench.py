@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -724,6 +725,7 @@ def first_step(
     "How long it takes from the command to the first training step."
     start, shown = time.perf_counter(), b""
     terminal, its_end = os.openpty() # elsewhere no bar is shown
+    termios.tcsetwinsize(its_end, (24, 80))
     process = subprocess.Popen([sys.executable, "-m", "seqgpt.cli", "train", *map(str, flags), "--max_steps", str(LONG), "--eval_steps", str(LONG)],
                                stdout=subprocess.DEVNULL, stderr=its_end, env={k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"})
     os.close(its_end)
