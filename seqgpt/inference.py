@@ -131,8 +131,8 @@ def encode_sequences(
     for k, sequence in enumerate(sequences, first):
         ids = encode_sequence(tokenizer, sequence, f"sequence {k}")
         if len(ids) > most:
-            frame = f"{tokenizer.bos_token} and {tokenizer.eos_token} included"
-            raise InputError(f"Sequence {k} has {len(ids):,} tokens, {frame}, but the model has {most:,} positions.")
+            included = f"{tokenizer.bos_token} and {tokenizer.eos_token} included"
+            raise InputError(f"Sequence {k} has {len(ids):,} tokens, {included}, but the model has {most:,} positions.")
         found.append(ids)
     return found
 
@@ -155,11 +155,9 @@ def next_tokens(
     if not isinstance(prompt, str) and isinstance(prompt, Iterable):
         prompt = list(prompt)
         if any(isinstance(p, (list, tuple)) for p in prompt):
-            found = {} # of each distinct prefix
-            for p in prompt:
-                ids = tuple(encode_prompt(tokenizer, p))
-                if ids not in found: found[ids] = next_tokens(model, tokenizer, p, top)
-            return [found[tuple(encode_prompt(tokenizer, p))] for p in prompt]
+            encoded = [tuple(encode_prompt(tokenizer, p, f"prompt {k}")) for k, p in enumerate(prompt, 1)]
+            found = {ids: likeliest(tokenizer, next_logits(model, list(ids)), top) for ids in {*encoded}} # each distinct one once
+            return [found[ids] for ids in encoded]
         if several := next((p for p in prompt if isinstance(p, str) and len(p.split()) != 1), None):
             raise InputError(f"{several!r} is not one symbol. Give several prefixes as lists: [['a', 'b'], ['c']].")
     return likeliest(tokenizer, next_logits(model, encode_prompt(tokenizer, prompt)), top)

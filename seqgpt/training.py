@@ -729,8 +729,9 @@ def keep_results(
 ):
     "Moves what was made of the model since, such as `onnx`, out of `folder`; but a run makes its `evaluation` anew."
     for made in sorted(p for p in folder.glob("*") if p.is_dir() and p.name != "evaluation"):
-        kept = folder.parent/f"{made.name}_of_step_{read_json(folder/'metrics.json').get('step')}"
-        if kept.exists(): continue
+        name, n = f"{made.name}_of_step_{read_json(folder/'metrics.json').get('step')}", 1
+        kept = folder.parent/name
+        while kept.exists(): kept, n = folder.parent/f"{name}_{n + 1}", n + 1 # nothing is overwritten
         made.rename(kept)
         tqdm.write(f"{made} belongs to an earlier model: it is {kept} now.")
 
