@@ -44,15 +44,23 @@ from torch import nn
 from torch.func import functional_call
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .cli import preset
-from .config import OutputPath, counted, user_path
-from .corpora import load_source, make_markov, write_digits, write_markov
-from .data import Corpus, read_corpus, tqdm, written_whole
-from .evaluation import evaluate, source_scores
+from .arguments import preset
+from .baselines import source_scores
+from .checks import InputError, OutputPath, counted, user_path
+from .config import Config, read_config
+from .corpora import write_digits
+from .cpu import tune_malloc, use_fast_cpu_kernels
+from .devices import pick_precision
+from .encoding import Corpus, read_corpus
+from .evaluation import evaluate
+from .files import atomic_write
 from .inference import generate
-from .model import exact_loss, keep_memory, make_config, new_model, quicken
-from .tokenizer import InputError, make_tokenizer, save_tokenizer
-from .training import Config, load_data, load_vocab, pick_precision, read_config, train
+from .markov import load_source, make_markov, write_markov
+from .model import exact_loss, make_config, new_model
+from .preparing import load_data, load_vocab
+from .progress import tqdm
+from .tokenizer import make_tokenizer, save_tokenizer
+from .training import train
 
 # %% ../nbs/11_bench.ipynb #75ad8314
 def rate(
@@ -416,7 +424,7 @@ def bench_tricks(
         model, batch, optimizer = model.to(device()).train(), {"input_ids": ids, "labels": ids, "use_cache": False}, adamw(model.parameters())
         if mask: batch["attention_mask"] = torch.ones_like(ids)
         if groups: model.set_attn_implementation("causal_attention")
-        if dice: quicken(model)
+        if dice: use_fast_cpu_kernels(model)
         def loss():
             if rounded: return functional_call(model, {name: p.bfloat16() for name, p in model.named_parameters()}, kwargs=batch).loss
             with torch.autocast(device().type, torch.bfloat16, enabled=autocast): return model(**batch).loss
@@ -443,7 +451,7 @@ def bench_tricks(
         except Exception as e: left_out[name] = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"; calls.pop(name, None) # without a C++ compiler, say
     left = calls.pop("torch.compile (left out)", None)
     seconds = take_turns(calls, rounds, steps, "Tricks")
-    keep_memory() # for good, so it comes behind all that do without
+    tune_malloc() # for good, so it comes behind all that do without
     kept = {"freed memory kept": calls[last], **({"torch.compile (left out)": left} if left else {})}
     seconds |= take_turns(kept, rounds, steps, "Tricks, with memory kept")
     first["freed memory kept"] = first[last]
@@ -589,10 +597,11 @@ def on_onnx_runtime(
     folder: str, # To write to
 ) -> dict: # Name to `OnnxModel`, in 32 and in 8 bits
     "The same model on ONNX Runtime, with its cache in place."
-    from seqgpt.export import OnnxModel, to_int8, to_onnx
+    from seqgpt.export import quantize_int8, to_onnx
+    from seqgpt.onnx_models import OnnxModel
     model.config.save_pretrained(folder)
     to_onnx(copy.deepcopy(model).cpu(), f"{folder}/fp32.onnx", "in place")
-    to_int8(f"{folder}/fp32.onnx", f"{folder}/int8.onnx")
+    quantize_int8(f"{folder}/fp32.onnx", f"{folder}/int8.onnx")
     return {f"seqgpt, ONNX, {p}": OnnxModel(f"{folder}/{p}.onnx") for p in ("fp32", "int8")}
 
 def show_generation(
@@ -913,8 +922,8 @@ def bench(
             result[part] = measure[part]()
             tqdm.write("")
             SHOW[part](result[part])
-            with written_whole(out/"benchmark.json") as part: part.write_text(json.dumps(result, indent=1) + "\n") # what is done is safe
-    with written_whole(out/"benchmark.png") as part: plot_bench(result).savefig(part, format="png", dpi=150)
+            with atomic_write(out/"benchmark.json") as part: part.write_text(json.dumps(result, indent=1) + "\n") # what is done is safe
+    with atomic_write(out/"benchmark.png") as part: plot_bench(result).savefig(part, format="png", dpi=150)
     plt.close()
     tqdm.write(f"\nWrote {out}/benchmark.json and benchmark.png.")
     return result

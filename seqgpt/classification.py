@@ -4,29 +4,29 @@
 
 # %% auto #0
 __all__ = ['row_name', 'class_logits', 'predict', 'features', 'rivals', 'mcnemar', 'best_possible', 'ClassEvaluation',
-           'evaluate_classifier', 'plot_rivals', 'plot_confusion', 'plot_f1', 'plot_classification', 'fit_temperature',
-           'told_log_likelihoods', 'opinions', 'plot_opinions']
+           'fit_temperature']
 
-# %% ../nbs/07_classification.ipynb #52c9ee07
+# %% ../nbs/07_classification.ipynb #22dcbcd9
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from scipy.special import log_softmax, softmax
 
-from .config import counted
-from .corpora import MarkovSource, credit, digits_shape, to_images
-from .data import collate, tqdm, unframed
-from .evaluation import calibration_error, confidence_bins, evaluation_data, interval, name_ticks, plot_calibration, short_name, token_scores
-from .inference import encode_prompt, encode_sequences
-from .model import load_folder
-from .tokenizer import InputError, html_table
-from .training import macro_f1
+from .checks import InputError, counted
+from .corpora import digits_shape, to_images
+from .data import collate
+from .markov import MarkovSource, credit
+from .metrics import macro_f1
+from .progress import tqdm
+from .prompts import encode_sequences
+from .records import unframed
+from .scores import calibration_error, confidence_bins, interval
+from .tokenizer import html_table
 
 # %% ../nbs/07_classification.ipynb #7515f84f
 def class_logits(
@@ -209,65 +209,6 @@ class ClassEvaluation:
         return html_table(rows, [name for name, *_ in rows].index("this model")) + paragraphs(self.notes()) + html_table(self.class_rows()) + paragraphs(self.mistakes())
     __repr__ = __str__
 
-# %% ../nbs/07_classification.ipynb #5ecd6ef3
-def evaluate_classifier(
-    model_path: str | Path, # A folder such as classifier/best_model
-    data_path: str | Path | None = None, # Labelled sequences to evaluate on; default: the validation set of the training
-    batch_size: int = 16, # Sequences at once
-    skip_bad_lines: bool = False, # Go on without lines of `data_path` that cannot be used
-    cache_dir: str | None = None, # Where encoded data is kept, see `read_corpus`
-) -> ClassEvaluation:
-    "Evaluates a trained classifier; raises `InputError` where model or data are missing or do not fit."
-    model, tokenizer = load_folder(model_path, "classification")
-    if torch.cuda.is_available(): model.cuda()
-    number = model.config.label2id
-    dataset, train, source = evaluation_data(model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, list(number), cache_dir)
-    try: best = best_possible(source, tokenizer, dataset) if source else None
-    except InputError as e: best = tqdm.write(str(e)) # sequences cut off, or from elsewhere: measured without a limit
-    logits, to_number = predict(model, tokenizer, dataset["input_ids"], batch_size), np.vectorize(number.get, otypes=[int])
-    others = {name: to_number(labels) for name, labels in rivals(train, dataset, tokenizer).items()} if train is not None else {}
-    return ClassEvaluation(sorted(number, key=number.get), logits, to_number(dataset["label"][:]), others, best)
-
-# %% ../nbs/07_classification.ipynb #399a9af1
-def plot_rivals(evaluation: ClassEvaluation, ax):
-    "Accuracy beside that of others, with the 95 % interval."
-    m = evaluation.metrics
-    rows = {name: b["accuracy"] for name, b in m["baselines"].items()} | {"this model": m["accuracy"]} | ({"best possible": m["best_accuracy"]} if "best_accuracy" in m else {})
-    colours = ["tab:orange" if name == "this model" else "tab:green" if name == "best possible" else "lightgrey" for name in rows]
-    ax.bar_label(ax.barh(list(rows), list(rows.values()), color=colours), [f"{a:.1%}" for a in rows.values()], padding=14)
-    low, high = evaluation.intervals["accuracy"]
-    ax.plot([low, high], ["this model"]*2, color="black", lw=2)
-    ax.set(title="accuracy", xlim=(0, 1.25))
-    ax.invert_yaxis()
-    ax.grid(visible=False)
-
-def plot_confusion(evaluation: ClassEvaluation, ax):
-    "How many sequences of each class (rows) were taken for which (columns); colour: share of the row."
-    import seaborn as sns
-    counts, few = evaluation.confusion, len(evaluation.classes) <= 20
-    names = list(map(short_name, evaluation.classes))
-    text = np.where(counts, counts.astype(str), "") if few else False
-    sns.heatmap(counts / np.maximum(counts.sum(1, keepdims=True), 1), annot=text, fmt="", annot_kws={"fontsize": 7}, cmap="Oranges", vmin=0, vmax=1, cbar=False, xticklabels=names if few else "auto", yticklabels=names if few else "auto", ax=ax)
-    ax.set(title="confusion matrix", xlabel="taken for", ylabel="truth")
-
-def plot_f1(evaluation: ClassEvaluation, ax):
-    "F1 of each class."
-    f1 = [r["f1"] for r in evaluation.metrics["per_class"].values()]
-    if len(f1) > 40: # too many to name
-        ax.hist(f1, bins=30, color="tab:orange")
-        return ax.set(title=f"F1 of {len(f1)} classes", xlabel="F1", ylabel="classes")
-    ax.bar(range(len(f1)), f1, color="tab:orange")
-    ax.set(title=f"F1 by class (macro F1 {evaluation.metrics['macro_f1']:.1%})", ylim=(0, 1.02))
-    name_ticks(ax, evaluation.classes)
-
-def plot_classification(evaluation: ClassEvaluation):
-    "Draws everything that an evaluation of a classifier holds; returns the figure."
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-    with sns.axes_style("whitegrid"): fig, axes = plt.subplots(2, 2, figsize=(9.5, 7.5), layout="constrained")
-    for ax, panel in zip(axes.flat, (plot_rivals, plot_confusion, plot_f1, plot_calibration)): panel(evaluation, ax)
-    return fig
-
 # %% ../nbs/07_classification.ipynb #2aa3965e
 def fit_temperature(
     logits: np.ndarray, # (sequences, classes)
@@ -277,37 +218,3 @@ def fit_temperature(
     from scipy.optimize import minimize_scalar
     loss = lambda t: -log_softmax(logits / math.exp(t), axis=1)[np.arange(len(truth)), truth].mean()
     return math.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x)
-
-# %% ../nbs/07_classification.ipynb #8734b737
-def told_log_likelihoods(
-    model, # A language model, trained on sequences that begin with a symbol for their class
-    tokenizer, # Its tokenizer
-    ids: list[int], # A sequence without that symbol, `<bos>` first
-    symbols: list[str], # Those of the classes
-) -> np.ndarray: # (classes, tokens): logarithm of the probability of the class and of the tokens up to each one
-    "How likely a sequence is together with each class; softmax over the classes gives the class by Bayes' rule."
-    rows = [{"input_ids": [ids[0], c, *ids[1:]]} for _, c in (encode_prompt(tokenizer, [s]) for s in symbols)]
-    return -token_scores(model, collate(rows, tokenizer.pad_token_id))[0].cumsum(1)
-
-# %% ../nbs/07_classification.ipynb #80b2f465
-def opinions(
-    model, # A classifier, in evaluation mode
-    ids: list[int], # A sequence, `<bos>` first
-) -> np.ndarray: # (tokens, classes)
-    "What the head says at each token: the probability of each class, had the sequence been judged there."
-    with torch.inference_mode(): return model.score(model.transformer(torch.tensor([ids], device=model.device)).last_hidden_state)[0].float().softmax(-1).cpu().numpy()
-
-def plot_opinions(
-    probabilities: dict[str, np.ndarray], # Name to (tokens, classes)
-    classes: list[str], # Their names
-):
-    "Draws class probabilities over the tokens, stacked; returns the figure."
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-    with sns.axes_style("white"): fig, axes = plt.subplots(len(probabilities), 1, figsize=(8, 2*len(probabilities)), sharex=True, squeeze=False, layout="constrained")
-    for ax, (name, p) in zip(axes.flat, probabilities.items()):
-        ax.stackplot(range(len(p)), p.T, labels=classes, colors=sns.color_palette("tab10" if len(classes) <= 10 else "husl", len(classes)))
-        ax.set(title=name, ylim=(0, 1), xlim=(0, len(p) - 1), ylabel="probability")
-    axes[-1, 0].set_xlabel("tokens seen")
-    if len(classes) <= 20: fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8, reverse=True) # in the order of the stack
-    return fig

@@ -35,11 +35,17 @@ from matplotlib.ticker import MaxNLocator
 from optuna.trial import TrialState
 from transformers import GPT2Config, TrainerCallback
 
-from .config import counted, literal, to_builtin
-from .data import remove, sweep, tqdm, write_lines, written_whole
+from .callbacks import Diverged, Interrupted, OutOfMemory, out_of_memory
+from .checkpoints import Finished, checkpoints_in
+from .checks import InputError, counted, read_json, to_builtin
+from .config import Config, literal
+from .files import remove, remove_partial, write_lines, atomic_write
 from .model import make_config
-from .tokenizer import InputError, html_table, read_json
-from .training import Config, Diverged, Finished, Interrupted, OutOfMemory, alone_in, check_config, checkpoints_in, load_data, load_vocab, out_of_memory, start_from, train, write_config
+from .preparing import check_config, load_data, load_vocab, start_from
+from .progress import tqdm
+from .saving import write_config
+from .tokenizer import html_table
+from .training import alone_in, train
 
 # %% ../nbs/12_search.ipynb #61ca47d3
 SETTINGS = ("learning_rate", "batch_size", "warmup_steps", "weight_decay", "max_grad_norm", "optimizer", "lr_scheduler_type", "num_epochs", "max_steps", "gradient_accumulation_steps",
@@ -113,7 +119,7 @@ class Report(TrainerCallback):
 @contextlib.contextmanager
 def quiet():
     "Nobody looks at the lines, bars and curves of twenty runs."
-    with contextlib.redirect_stdout(io.StringIO()), mock.patch("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", TrainerCallback), mock.patch("seqgpt.training.save_curves"): yield
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", TrainerCallback), mock.patch("seqgpt.plots.save_curves"): yield
 
 def run_trial(
     config: Config, # Of the trial; its `output_dir` goes on where a run was interrupted
@@ -237,11 +243,11 @@ def open_study(
     if not path.exists() and (other := next((out/name for name in ("checkpoints", "final_model", *NAMES[1:]) if (out/name).exists()), None)): raise InputError(f"{other}: is of another run. Choose another --output_dir for the search.")
     if path.exists() and not config.resume and not config.overwrite: raise InputError(f"{out}: holds an earlier search. Go on with it (--resume), replace it (--overwrite) or choose another --output_dir.")
     if config.resume and not path.exists(): tqdm.write(f"{out}: no search to go on with; starting from the beginning.")
-    sweep(out)
+    remove_partial(out)
     if config.overwrite:
         for p in (*folders, *(out/name for name in NAMES)): remove(p)
     if path.exists() and not (whole := path.read_bytes()).endswith(b"\n"): # the last line was cut off
-        with written_whole(path) as part: part.write_bytes(whole[:whole.rfind(b"\n") + 1])
+        with atomic_write(path) as part: part.write_bytes(whole[:whole.rfind(b"\n") + 1])
     try:
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
         study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
@@ -273,7 +279,7 @@ def keep_best(
         number = int(folder.name[6:]) if folder.name[6:].isdecimal() else -1
         if not 0 <= number < len(study.trials) or not study.trials[number].state.is_finished(): continue
         if number == best and (folder/"best_model").exists():
-            with written_whole(out/"best_model") as part: shutil.copytree(folder/"best_model", part)
+            with atomic_write(out/"best_model") as part: shutil.copytree(folder/"best_model", part)
         remove(folder)
 
 # %% ../nbs/12_search.ipynb #b1ba5922
@@ -383,7 +389,7 @@ def write_search(
     if not found.ranking: return found
     write_config(replace(with_values(config, found.ranking[0]["settings"]), output_dir=Config.output_dir), out/"best.yaml")
     if len(found.ranking) >= 10: found.importances = optuna.importance.get_param_importances(study) # of fewer, it would be guessed
-    with written_whole(out/"study.png") as part: plot_study(found).savefig(part, format="png", dpi=120)
+    with atomic_write(out/"study.png") as part: plot_study(found).savefig(part, format="png", dpi=120)
     plt.close()
     return found
 
@@ -411,7 +417,7 @@ def search(
         study = open_study(config, identity)
         if not (out/"config.yaml").exists():
             settings = {**asdict(config), "overwrite": False, "resume": False, "trials": trials, "prune": prune, "space": space}
-            with written_whole(out/"config.yaml") as part: part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+            with atomic_write(out/"config.yaml") as part: part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         tqdm.write(f"{corpus}\n{split}")
         keep_best(study, out)
         if (done := len(done_trials(study))) >= trials: tqdm.write(f"{out}: {counted(done, 'trial')} done already. To go on, raise --trials.")

@@ -130,11 +130,11 @@ def seqgpt(*args, cwd, input="", bare=False, drawn=True):
 def left_out(bare, drawn):
     """Leaves out what takes ten times as long as a few steps of a tiny model: all that follows a training, and the curves,
     if `bare`; pictures, which are blank then, unless `drawn`."""
-    from seqgpt.cli import measures
+    from seqgpt.commands import measures
     with contextlib.ExitStack() as stack:
-        if bare: stack.enter_context(patch("seqgpt.cli.show_run"))
-        if bare or not drawn: stack.enter_context(patch("seqgpt.training.save_curves"))
-        if not drawn: stack.enter_context(patch("seqgpt.cli.measures", lambda task: (measures(task)[0], lambda evaluation: matplotlib.figure.Figure())))
+        if bare: stack.enter_context(patch("seqgpt.commands.show_run"))
+        if bare or not drawn: stack.enter_context(patch("seqgpt.plots.save_curves"))
+        if not drawn: stack.enter_context(patch("seqgpt.commands.measures", lambda task: (measures(task)[0], lambda evaluation: matplotlib.figure.Figure())))
         yield
 
 

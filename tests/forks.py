@@ -48,9 +48,10 @@ from nbdev.test import test_nb
 from sklearn.model_selection import train_test_split
 
 from seqgpt import cli, training
+from seqgpt.callbacks import StopOnSignal
+from seqgpt.config import Config
 from seqgpt.model import make_config, new_model
 from seqgpt.tokenizer import make_tokenizer
-from seqgpt.training import Config, StopOnSignal
 
 for name in """fastcore.all IPython.utils.capture matplotlib.pyplot PIL.Image rapidfuzz rouge_score.rouge_scorer sacrebleu scipy.optimize scipy.stats seaborn
         sklearn.calibration sklearn.dummy sklearn.ensemble sklearn.feature_extraction.text sklearn.linear_model sklearn.manifold sklearn.neighbors sklearn.svm

@@ -25,8 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seqgpt import classification, cli, config, training # noqa: F401 so that memory is that of the input
-from seqgpt.data import BadLine, symbol_ids
-from seqgpt.tokenizer import InputError, unknown_symbol_hint
+from seqgpt.checks import InputError
+from seqgpt.records import BadLine, symbol_ids
+from seqgpt.tokenizer import unknown_symbol_hint
 
 GOOD = [{"tokens": NOTES[k % 5:] + NOTES[:k % 3], "label": NAMES[k % 2]} for k in range(40)]
 TRAIN = ["train", "--data_path", "data.jsonl", "--max_length", 16, "--max_steps", 1, *TINY]

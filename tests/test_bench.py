@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from seqgpt import bench as B
+from seqgpt.checks import InputError
 from seqgpt.cli import main
-from seqgpt.tokenizer import InputError
-from seqgpt.training import pick_precision
+from seqgpt.devices import pick_precision
 
 TINY = dict(rounds=1, steps=2, batch_size=2, length=34, n_layer=1, n_head=2, n_embd=16, longest=64, most_sequences=1000)
 EXTRA = {"x-transformers": "x_transformers", "Lightning": "lightning"}

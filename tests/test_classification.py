@@ -16,9 +16,10 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from seqgpt.checks import InputError
 from seqgpt.classification import predict
 from seqgpt.model import make_config, new_model
-from seqgpt.tokenizer import InputError, make_tokenizer, save_tokenizer
+from seqgpt.tokenizer import make_tokenizer, save_tokenizer
 
 TRAIN = ["train", "--task", "classification", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
 
@@ -74,10 +75,10 @@ def test_metrics_are_those_of_scikit_learn_on_the_logits_of_transformers(classif
 
 def test_pipeline_takes_plain_text_and_any_batch(classifier, held_out, plain):
     texts, pipe = held_out[0], pipeline("text-classification", str(classifier/"c/best_model"))
-    alone = [pipe(t)[0] for t in texts]
+    locked = [pipe(t)[0] for t in texts]
     together = pipe(texts, batch_size=8)
     framed = [pipe(f"<bos> {t} <eos>")[0] for t in texts]
-    for one, other, third in zip(alone, together, framed):
+    for one, other, third in zip(locked, together, framed):
         assert one["label"] == other["label"] == third["label"] and one["label"] in NAMES
         assert abs(one["score"] - other["score"]) < 1e-5 and one["score"] == third["score"]
     assert pipe(" ".join(["C4"]*40), truncation=True)[0]["label"] in NAMES
@@ -89,9 +90,9 @@ def test_any_padding_gives_the_same_logits(plain, held_out):
     from seqgpt.classification import class_logits
     model, tokenizer = plain
     texts = held_out[0]
-    alone = torch.cat([model(**tokenizer(t, return_tensors="pt")).logits for t in texts]).detach()
-    for side in ("left", "right"): assert torch.allclose(class_logits(model, tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")), alone, atol=1e-5), side
-    for size in (1, 7, 100): assert np.allclose(predict(model, tokenizer, tokenizer(texts)["input_ids"], size), alone, atol=1e-5)
+    locked = torch.cat([model(**tokenizer(t, return_tensors="pt")).logits for t in texts]).detach()
+    for side in ("left", "right"): assert torch.allclose(class_logits(model, tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")), locked, atol=1e-5), side
+    for size in (1, 7, 100): assert np.allclose(predict(model, tokenizer, tokenizer(texts)["input_ids"], size), locked, atol=1e-5)
 
 
 # --- infer and evaluate

@@ -14,9 +14,9 @@ import torch
 from conftest import NOTES, TINY, write_lines
 from safetensors.torch import load_file, save_file
 
+from seqgpt.callbacks import StopOnSignal
 from seqgpt.cli import main, stop_on_signals
-from seqgpt.model import load_model, task_of
-from seqgpt.training import StopOnSignal
+from seqgpt.loading import load_model, task_of
 
 RUN = ["train", "--data_path", "data.jsonl", "--cache_dir", "cache", "--max_length", 12, "--num_epochs", 2, "--eval_steps", 4, "--logging_steps", 3, "--precision", "fp32", *TINY,
        "--batch_size", 8, "--gradient_accumulation_steps", 2]
@@ -242,7 +242,7 @@ def test_a_closed_terminal_does_not_keep_a_run_from_saving(fresh):
     "What is printed there is an error for whoever prints it (EIO)."
     code = """
 import os
-from seqgpt.training import StopOnSignal
+from seqgpt.callbacks import StopOnSignal
 ours, terminal = os.openpty()
 real = os.dup(1)
 os.dup2(terminal, 1)
@@ -341,7 +341,8 @@ def test_resume_in_python_shows_no_warning(fresh):
     "Neither that it now validates less often, nor that there is padding, on the right of sequences of many lengths."
     code = """
 import transformers
-from seqgpt.training import Config, train
+from seqgpt.config import Config
+from seqgpt.training import train
 transformers.logging.set_verbosity_warning()
 for steps in (4, 8): train(Config("shards", max_steps=steps, resume=steps == 8, n_layer=1, n_head=2, n_embd=16, max_length=12, precision="fp32", eval_steps=steps // 2))
 transformers.logging.get_logger("transformers.trainer").warning("as a warning is shown")

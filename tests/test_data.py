@@ -19,10 +19,19 @@ from conftest import NOTES, TINY, VOCAB, refused, seqgpt, write_lines
 from matplotlib.colors import to_hex
 
 from seqgpt import data
-from seqgpt.corpora import make_markov, write_digits, write_markov
-from seqgpt.data import CELL_COLOURS, collate, corpus_files, find_vocab, frame, given_split, plot_batch, read_corpus, split_corpus, stream_corpus, write_corpus
-from seqgpt.tokenizer import InputError, make_tokenizer
-from seqgpt.training import Config, load_data, load_vocab
+from seqgpt.checks import InputError
+from seqgpt.config import Config
+from seqgpt.corpora import write_digits
+from seqgpt.data import collate, given_split, split_corpus
+from seqgpt.encoding import read_corpus
+from seqgpt.markov import make_markov, write_markov
+from seqgpt.plots import CELL_COLOURS, plot_batch
+from seqgpt.preparing import load_data, load_vocab
+from seqgpt.records import frame
+from seqgpt.sources import corpus_files, find_vocab
+from seqgpt.streaming import stream_corpus
+from seqgpt.tokenizer import make_tokenizer
+from seqgpt.writing import write_corpus
 
 FORMS = {
     "tokens": lambda t, l: {"tokens": t, "label": l},
@@ -345,11 +354,11 @@ def test_each_class_has_a_sequence_to_train_on(by, encode, tmp_path):
 
 def test_a_run_that_classifies_is_split_so(tmp_path):
     path = write_lines(tmp_path, [{"tokens": NOTES[k % 5:] + NOTES[:k % 4], "label": "single" if k == 7 else "common"} for k in range(20)])
-    def apart(task, seed):
+    def train_validation_split(task, seed):
         config = Config(str(path), task=task, seed=seed, validation_fraction=0.4, cache_dir=str(tmp_path/"cache"))
         return "single" in load_data(config, load_vocab(config))[1].validation["label"][:]
-    seeds = [seed for seed in range(8) if apart("clm", seed)]
-    assert seeds and not any(apart("classification", seed) for seed in seeds)
+    seeds = [seed for seed in range(8) if train_validation_split("clm", seed)]
+    assert seeds and not any(train_validation_split("classification", seed) for seed in seeds)
 
 
 def test_classes_of_one_sequence_each_leave_none_to_validate_on(encode, tmp_path):

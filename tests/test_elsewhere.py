@@ -17,9 +17,10 @@ import torch
 from conftest import ROOT, VOCAB
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2ForSequenceClassification, GPT2Tokenizer, TextStreamer, pipeline
 
+from seqgpt.config import Config
 from seqgpt.model import make_config, new_model
+from seqgpt.saving import model_card
 from seqgpt.tokenizer import any_of, framing, load_tokenizer, make_tokenizer, save_tokenizer
-from seqgpt.training import Config, model_card
 
 
 TORCH = torch.__version__.split("+")[0]

@@ -14,10 +14,14 @@ from test_generation import EQUAL, TOKENIZER, UNEQUAL, WAYS, random_model
 
 from seqgpt import cli
 from seqgpt import export as E
-from seqgpt.inference import Decoder, generate
-from seqgpt.model import load_model
-from seqgpt.tokenizer import InputError, load_tokenizer
-from seqgpt.training import alone_in, read_config, save_model
+from seqgpt.checks import InputError
+from seqgpt.config import read_config
+from seqgpt.decoding import Decoder
+from seqgpt.inference import generate
+from seqgpt.loading import load_model
+from seqgpt.saving import save_model
+from seqgpt.tokenizer import load_tokenizer
+from seqgpt.training import alone_in
 
 MODELS = {"plain": dict(n_layer=1, n_head=2, n_embd=16),
           "odd": dict(n_layer=2, n_head=3, n_embd=15, n_inner=7, activation_function="relu", scale_attn_by_inverse_layer_idx=True, layer_norm_epsilon=0.1, tie_word_embeddings=False)} # heads of 5
@@ -251,7 +255,7 @@ def test_numbers_too_large_for_16_bits(written, tmp_path):
     numbers[5, 3] = 1e5
     weight.CopyFrom(onnx.numpy_helper.from_array(numbers, weight.name))
     onnx.save(proto, tmp_path/"fast.onnx")
-    with pytest.raises(InputError, match="65504"): E.halve(tmp_path/"fast.onnx", tmp_path/"half.onnx")
+    with pytest.raises(InputError, match="65504"): E.to_fp16(tmp_path/"fast.onnx", tmp_path/"half.onnx")
 
 
 def test_the_script_gives_the_same_tokens(written):

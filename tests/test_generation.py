@@ -5,12 +5,14 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
 
-from seqgpt.evaluation import evaluate, score_sequences
-from seqgpt.inference import (
-    Decoder, chooser, encode_prompt, encode_sequence, generate, next_tokens, one_character_each, split_symbols, stream,
-)
+from seqgpt.checks import InputError
+from seqgpt.decoding import Decoder
+from seqgpt.evaluation import evaluate
+from seqgpt.inference import make_sampler, generate, next_tokens, stream
 from seqgpt.model import make_config, new_model
-from seqgpt.tokenizer import InputError, make_tokenizer
+from seqgpt.prompts import encode_prompt, encode_sequence, one_character_each, split_symbols
+from seqgpt.scores import score_sequences
+from seqgpt.tokenizer import make_tokenizer
 
 VOCAB = {s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *(f"{note}{octave}" for octave in range(1, 9) for note in "CDEFG")])}
 TOKENIZER = make_tokenizer(VOCAB)
@@ -93,10 +95,10 @@ def test_logits_are_those_of_the_model_whatever_was_kept():
 
 def test_padding_does_not_count():
     model, ids = random_model(scale=3), torch.randint(4, len(VOCAB), (2, 30))
-    alone, decoder = Decoder(model), Decoder(model, torch.tensor([0, 9]))
+    locked, decoder = Decoder(model), Decoder(model, torch.tensor([0, 9]))
     padded = ids.clone()
     padded[1, :9] = 0
-    for n in range(10, 31): assert torch.allclose(alone(ids[1:, 9:n]), decoder(padded[:, :n])[1:], atol=1e-4), n
+    for n in range(10, 31): assert torch.allclose(locked(ids[1:, 9:n]), decoder(padded[:, :n])[1:], atol=1e-4), n
 
 
 def test_half_precision():
@@ -114,7 +116,7 @@ def test_choosing_leaves_the_logits_alone():
     logits, ids = torch.randn(3, len(VOCAB)), torch.randint(4, len(VOCAB), (3, 5))
     for options in WAYS.values():
         before = logits.clone()
-        chosen = chooser(TOKENIZER, **options)(ids, logits)
+        chosen = make_sampler(TOKENIZER, **options)(ids, logits)
         assert torch.equal(before, logits) and chosen.shape == (3,) and not {0, 1, 3} & set(chosen.tolist())
 
 
@@ -128,14 +130,14 @@ def test_generation_stops_when_all_have_ended(monkeypatch):
 
 def test_sequences_that_have_ended_get_padding():
     torch.manual_seed(0)
-    rows = torch.stack([*stream(Decoder(random_model()), torch.ones(5, 1, dtype=torch.long), chooser(TOKENIZER), TOKENIZER)], 1).tolist()
+    rows = torch.stack([*stream(Decoder(random_model()), torch.ones(5, 1, dtype=torch.long), make_sampler(TOKENIZER), TOKENIZER)], 1).tolist()
     ends = [row.index(2) for row in rows] # each has ended, and not all at once
     assert len(set(ends)) > 1 and max(ends) == len(rows[0]) - 1
     for row, end in zip(rows, ends): assert not any(row[end + 1:])
 
 
 def test_choosing_gives_the_threads_back():
-    before, choose = torch.get_num_threads(), chooser(TOKENIZER)
+    before, choose = torch.get_num_threads(), make_sampler(TOKENIZER)
     torch.set_num_threads(before + 1)
     try:
         choose(torch.tensor([[1]]), torch.zeros(1, len(TOKENIZER)))
@@ -152,8 +154,8 @@ def test_each_sequence_has_its_own_room(options):
     "A long prompt in the same call takes nothing from the short ones, whatever is computed again."
     model, prompts = random_model(max_length=48), [[note, "C1"] for note in NOTES[:5]] + [NOTES + NOTES[:5], ["C1"], NOTES[:30]]
     how = dict(temperature=0, min_new_tokens=40, **options)
-    together, alone = generate(model, TOKENIZER, prompts, **how), [generate(model, TOKENIZER, [p], **how)[0] for p in prompts]
-    assert together == alone and [s.given for s in together] == [*map(len, prompts)]
+    together, locked = generate(model, TOKENIZER, prompts, **how), [generate(model, TOKENIZER, [p], **how)[0] for p in prompts]
+    assert together == locked and [s.given for s in together] == [*map(len, prompts)]
     assert all(s.finished or len(s.tokens) == 47 for s in together) and len(together[0].tokens) > 40
     assert {len(s.tokens) - s.given for s in together} >= {2, 17}
 

@@ -10,10 +10,11 @@ from conftest import NAMES, NOTES, TINY, VOCAB, refused, seqgpt, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from seqgpt.corpora import digits_shape
-from seqgpt.data import read_corpus
-from seqgpt.export import FORMS
-from seqgpt.inference import encode_prompt, generate
-from seqgpt.model import load_model
+from seqgpt.encoding import read_corpus
+from seqgpt.exported import FORMS
+from seqgpt.inference import generate
+from seqgpt.loading import load_model
+from seqgpt.prompts import encode_prompt
 from seqgpt.tokenizer import load_tokenizer, make_tokenizer
 
 WORDS = ["down", "up"]
@@ -49,7 +50,7 @@ def exported(digits, once):
     "That model, also as ONNX: the fast form, which the page and `infer` take."
     def exported_digits(folder):
         shutil.copytree(digits, folder, dirs_exist_ok=True)
-        with patch.dict("seqgpt.export.FORMS", clm={"fast": FORMS["clm"]["fast"]}):
+        with patch.dict("seqgpt.exported.FORMS", clm={"fast": FORMS["clm"]["fast"]}):
             result = seqgpt("export", "--model_path", "m/best_model", cwd=folder)
         assert result.returncode == 0, result.stderr
     return once(exported_digits)
@@ -164,7 +165,8 @@ def test_the_page_asks_for_a_label(flavour, exported):
     from browser import launched, tab
     from playwright.sync_api import expect
 
-    from seqgpt.serving import Service, make_app, running
+    from seqgpt.service import Service
+    from seqgpt.serving import make_app, running
     folder = exported/"m/best_model"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
 

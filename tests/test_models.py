@@ -8,9 +8,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
 import seqgpt.training as training
-from seqgpt.inference import Decoder
-from seqgpt.model import load_model, make_config, new_model
-from seqgpt.tokenizer import InputError, load_tokenizer, make_tokenizer
+from seqgpt.checks import InputError
+from seqgpt.decoding import Decoder
+from seqgpt.loading import load_model
+from seqgpt.model import make_config, new_model
+from seqgpt.tokenizer import load_tokenizer, make_tokenizer
 
 COMPUTE = dict(activation_function="relu", layer_norm_epsilon=0.1, scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True) # the same weights give other logits
 SHAPE = dict(n_inner=24, tie_word_embeddings=False) # other weights

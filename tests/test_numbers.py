@@ -19,10 +19,12 @@ from conftest import NOTES, seqgpt, write_lines
 from transformers import TrainerCallback
 
 import seqgpt.training as T
-from seqgpt.corpora import make_markov, write_digits, write_markov
+from seqgpt.corpora import write_digits
+from seqgpt.decoding import Decoder
 from seqgpt.evaluation import evaluate
-from seqgpt.inference import Decoder, generate
-from seqgpt.model import load_model
+from seqgpt.inference import generate
+from seqgpt.loading import load_model
+from seqgpt.markov import make_markov, write_markov
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, batch_size=16, max_steps=60, eval_steps=30, precision="fp32")
 
@@ -144,7 +146,7 @@ def test_what_was_computed_is_gone_before_less_is_tried(sequences, tmp_path, mon
         computed = torch.zeros(len(inputs["input_ids"]))
         held.append(weakref.ref(computed))
         raise MemoryError
-    monkeypatch.setattr(T.QuickTrainer, "compute_loss", run_out)
+    monkeypatch.setattr(T.SequenceTrainer, "compute_loss", run_out)
     with pytest.raises(T.OutOfMemory, match="Not even one"): T.train(replace(sequences, output_dir=str(tmp_path)))
     assert len(held) == 5 # 16, 8, 4, 2, 1
 

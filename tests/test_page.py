@@ -13,10 +13,13 @@ from browser import launched, tab
 from playwright.sync_api import expect
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from seqgpt.checks import InputError
 from seqgpt.corpora import digit_vocab
-from seqgpt.export import to_onnx, write_page
-from seqgpt.inference import chooser, encode_prompt, generate, next_logits
-from seqgpt.tokenizer import InputError, make_tokenizer, save_tokenizer
+from seqgpt.export import to_onnx
+from seqgpt.exported import write_page
+from seqgpt.inference import make_sampler, generate, next_logits
+from seqgpt.prompts import encode_prompt
+from seqgpt.tokenizer import make_tokenizer, save_tokenizer
 
 BREAKS = "</script><img/src/onerror=document.title='broken'>" # as a symbol
 MELODY = ["C4", "[START]", "D4", "<pad>", "音🎵", BREAKS, "{{data}}", "<!--", "</s>", "&lt;", '"\\u003c', "<unk>", *(f"N{k}" for k in range(120))] # special tokens at odd places
@@ -230,7 +233,7 @@ def chances(made, scores, temperature, top_k, top_p):
     found = {}
     with pytest.MonkeyPatch.context() as m:
         m.setattr(torch, "multinomial", lambda p, n: found.update(p=p) or p.argmax(-1, keepdim=True))
-        chooser(made.tokenizer, temperature, top_k, top_p)(torch.zeros(1, 1, dtype=torch.long), scores[None])
+        make_sampler(made.tokenizer, temperature, top_k, top_p)(torch.zeros(1, 1, dtype=torch.long), scores[None])
     return dict(zip(made.vocab, found["p"][0].tolist()))
 
 

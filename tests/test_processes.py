@@ -10,8 +10,10 @@ from conftest import NOTES, TINY, write_lines
 from safetensors.torch import load_file
 from test_crashes import history
 
-from seqgpt.tokenizer import InputError
-from seqgpt.training import Config, ExactMetrics, check_config
+from seqgpt.checks import InputError
+from seqgpt.config import Config
+from seqgpt.metrics import ExactMetrics
+from seqgpt.preparing import check_config
 
 EXACT = [f"--model.{name}" if k == 0 else "0" for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop") for k in range(2)]
 RUN = ["train", "--data_path", "data.jsonl", "--cache_dir", "cache", "--max_length", 24, "--num_epochs", 2, "--eval_steps", 4, "--logging_steps", 1, "--precision", "fp32", *TINY, *EXACT]

@@ -11,9 +11,10 @@ from conftest import ROOT, TINY, installed, refused, seqgpt, write_lines, write_
 from matplotlib.figure import Figure
 
 from seqgpt import search as S
+from seqgpt.callbacks import Interrupted
+from seqgpt.checks import InputError
 from seqgpt.cli import EXTRAS
-from seqgpt.tokenizer import InputError
-from seqgpt.training import Config, Interrupted, read_config
+from seqgpt.config import Config, read_config
 
 RUN = ["search", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
 

@@ -13,8 +13,11 @@ from test_page import BREAKS, DIGITS, MELODY, added, bars, given, goes, greedy, 
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from seqgpt.classification import predict
-from seqgpt.inference import encode_prompt, generate, next_logits
-from seqgpt.serving import Busy, Service, make_app, running
+from seqgpt.engine import Busy
+from seqgpt.inference import generate, next_logits
+from seqgpt.prompts import encode_prompt
+from seqgpt.service import Service
+from seqgpt.serving import make_app, running
 from seqgpt.tokenizer import make_tokenizer
 
 CLASSES = ["</ul><b>", "ja zz", *"23456789"]

@@ -27,10 +27,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_page import MELODY, talker, talking
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from seqgpt.export import OnnxModel
+from seqgpt.checks import InputError
 from seqgpt.inference import generate
-from seqgpt.serving import ARRIVAL, HEADERS, Service, make_app, running, server_for
-from seqgpt.tokenizer import InputError, make_tokenizer, save_tokenizer
+from seqgpt.onnx_models import OnnxModel
+from seqgpt.service import Service
+from seqgpt.serving import ARRIVAL, HEADERS, make_app, running, server_for
+from seqgpt.tokenizer import make_tokenizer, save_tokenizer
 
 BOS, EOS, SPECIAL = 1, 8, {1, 3, 8, 11}
 PLAIN = [i for i in range(len(MELODY)) if i not in SPECIAL]
@@ -707,7 +709,7 @@ BY_IDS = [{}, {"num_concurrent": 4}]
 
 @pytest.mark.slow # imports much
 @pytest.mark.parametrize("longest, alone, ways", [(78, {}, [*BY_IDS, {"tokenized_requests": False}]), (200, {"max_length": 79}, BY_IDS)])
-def test_the_evaluation_harness_finds_the_same_as_without_a_server(service, folder, longest, alone, ways, tmp_path):
+def test_the_evaluation_harness_finds_the_same_as_without_a_server(service, folder, longest, locked, ways, tmp_path):
     """Perplexity and multiple choice, by EleutherAI's lm-evaluation-harness; with ids and with text, one at a time and
     many at once. What is longer than the model it cuts into windows, over HTTP one token shorter than without."""
     lm_eval = pytest.importorskip("lm_eval")
@@ -720,7 +722,7 @@ def test_the_evaluation_harness_finds_the_same_as_without_a_server(service, fold
     tasks = [task("perplexity", "texts", ["word_perplexity", "byte_perplexity", "bits_per_byte"], output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}"),
              task("choice", "choices", ["acc", "acc_norm"], output_type="multiple_choice", doc_to_text="{{context}}", doc_to_choice="{{choices}}", doc_to_target="{{gold}}")]
     evaluate = lambda kind, **args: lm_eval.simple_evaluate(kind, model_args=args, tasks=json.loads(json.dumps(tasks)), batch_size=4, bootstrap_iters=0)
-    expected = evaluate("hf", pretrained=str(folder), device="cpu", dtype="float32", **alone)
+    expected = evaluate("hf", pretrained=str(folder), device="cpu", dtype="float32", **locked)
     # 80 positions, and one more token that the harness always asks for
     remote = dict(base_url=f"{service.url}/v1/completions", model="melody", tokenizer=str(folder), max_length=81)
     for more in ways:

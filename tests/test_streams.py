@@ -7,7 +7,8 @@ import pytest
 from conftest import NOTES, TINY, write_lines
 from test_crashes import history, write_shards
 
-from seqgpt.training import Config, load_data, load_vocab
+from seqgpt.config import Config
+from seqgpt.preparing import load_data, load_vocab
 
 RUN = ["train", *TINY, "--data_path", "shards", "--cache_dir", "cache", "--streaming", "--max_length", 12, "--max_steps", 10, "--eval_steps", 4, "--logging_steps", 3, "--validation_fraction", 0.3, "--batch_size", 4,
        "--gradient_accumulation_steps", 2]
@@ -33,8 +34,8 @@ def test_another_division_goes_on_with_other_shares(fresh):
     folder, ask = fresh
     run = [*RUN, "--gradient_accumulation_steps", 1]
     assert [a["code"] for a in ask(*run, "--max_steps", 4, processes=2)] == [0, 0]
-    alone, = ask(*run, "--max_steps", 6, "--resume")
-    assert alone["code"] == 0 and "Each step shall see 8 sequences" in alone["out"] and history(folder/"outputs")[-1]["step"] == 6, alone
+    locked, = ask(*run, "--max_steps", 6, "--resume")
+    assert locked["code"] == 0 and "Each step shall see 8 sequences" in locked["out"] and history(folder/"outputs")[-1]["step"] == 6, locked
 
 
 def test_no_copy_is_written(fresh):

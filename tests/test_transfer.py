@@ -17,8 +17,8 @@ GREEK = {s: i for i, s in enumerate(["[BOS]", "alpha", "beta", "gamma", "[EOS]",
 def bare():
     "Training only: what follows it takes longer, and is asked for by `seqgpt evaluate`."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seqgpt.cli.show_run", lambda *_: None)
-        patch.setattr("seqgpt.training.save_curves", lambda *_: None)
+        patch.setattr("seqgpt.commands.show_run", lambda *_: None)
+        patch.setattr("seqgpt.plots.save_curves", lambda *_: None)
         yield
 
 
