@@ -19,7 +19,7 @@ from .cpu import linear
 # %% ../nbs/library/decoding.ipynb #116da7a3
 class Decoder:
     "The logits behind sequences that grow: keys and values are kept, and only what is new is computed."
-    token_axes = 3, 2 # Of keys and values in `kept`
+    token_axes = 3, 2 # Of keys and values in `kv_cache`
 
     def __init__(self,
         model, # A language model, in evaluation mode
@@ -27,18 +27,18 @@ class Decoder:
         use_cache: bool = True, # False: everything anew at each call
     ):
         self.model, self.padding, self.use_cache = model, padding, use_cache
-        self.length, self.kept = 0, [] # How many tokens of each sequence are kept: one number, or (sequences,) one for each; their keys and values
+        self.seq_len, self.kv_cache = 0, [] # How many tokens of each sequence are kept: one number, or (sequences,) one for each; their keys and values
 
     @torch.inference_mode()
     def __call__(self,
         ids: torch.Tensor, # (sequences, tokens): those of the call before and more, or their beginning
     ) -> torch.Tensor: # (sequences, vocabulary)
-        self.length = min(self.length, ids.shape[1] - 1) # what is kept beyond that is overwritten
-        if not self.length: return self.whole(ids)
-        for token in ids[:, self.length:].unbind(1): logits = self.step(token)
+        self.seq_len = min(self.seq_len, ids.shape[1] - 1) # what is kept beyond that is overwritten
+        if not self.seq_len: return self.prefill(ids)
+        for token in ids[:, self.seq_len:].unbind(1): logits = self.decode(token)
         return logits
 
-    def whole(self, ids):
+    def prefill(self, ids):
         "All tokens at once, through the model."
         sequences, tokens = ids.shape
         if self.padding is None: self.padding = ids.new_zeros(sequences)
@@ -47,13 +47,13 @@ class Decoder:
         how = dict(attention_mask=(place >= 0).long(), position_ids=positions, past_key_values=cache, use_cache=True)
         logits = self.model(ids, **how, logits_to_keep=1).logits[:, -1]
         if self.use_cache:
-            self.length = tokens
-            self.kept = [t.contiguous() for layer in cache.layers for t in (layer.keys.transpose(2, 3), layer.values)]
+            self.seq_len = tokens
+            self.kv_cache = [t.contiguous() for layer in cache.layers for t in (layer.keys.transpose(2, 3), layer.values)]
         return logits
 
-    def step(self, token):
+    def decode(self, token):
         "One more token of each sequence."
-        at, gpt, sequences, heads = self.length, self.model.transformer, len(token), self.model.config.n_head
+        at, gpt, sequences, heads = self.seq_len, self.model.transformer, len(token), self.model.config.n_head
         last = torch.as_tensor(at, device=token.device).view(-1, 1) # (1, 1), or (sequences, 1)
         rows, total = slice(sequences) if isinstance(at, int) else torch.arange(sequences), int(last.max()) + 1
         self.make_room(total)
@@ -62,13 +62,13 @@ class Decoder:
         norm = lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, gpt.ln_f.eps)
         position = (at - self.padding).clamp(max=len(gpt.wpe.weight) - 1) # as above
         x = F.embedding(token, gpt.wte.weight) + F.embedding(position, gpt.wpe.weight)
-        for block, (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), keys, values in zip(gpt.h, self.layers, self.kept[::2], self.kept[1::2]):
+        for block, (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), keys, values in zip(gpt.h, self.layers, self.kv_cache[::2], self.kv_cache[1::2]):
             q, k, v = linear(norm(x, *ln_1), *c_attn).view(sequences, 3, heads, -1).unbind(1)
             keys[rows, :, :, at], values[rows, :, at] = k, v
-            shares = torch.baddbmm(mask, q.reshape(len(mask), 1, -1), keys[:sequences].flatten(0, 1)[..., :total], alpha=block.attn.scaling).softmax(-1)
-            x = x + linear(torch.bmm(shares, values[:sequences].flatten(0, 1)[:, :total]).view(sequences, -1), *attn_proj)
+            attn_weights = torch.baddbmm(mask, q.reshape(len(mask), 1, -1), keys[:sequences].flatten(0, 1)[..., :total], alpha=block.attn.scaling).softmax(-1)
+            x = x + linear(torch.bmm(attn_weights, values[:sequences].flatten(0, 1)[:, :total]).view(sequences, -1), *attn_proj)
             x = x + linear(block.mlp.act(linear(norm(x, *ln_2), *c_fc)), *mlp_proj)
-        self.length = at + 1
+        self.seq_len = at + 1
         return self.model.lm_head(gpt.ln_f(x))
 
     def select(self,
@@ -76,14 +76,14 @@ class Decoder:
     ): # Another `Decoder`
         "Goes on with some of the sequences, from what is kept of them."
         some = copy.copy(self)
-        some.padding, some.kept = self.padding[rows], [k[rows] for k in self.kept]
+        some.padding, some.kv_cache = self.padding[rows], [k[rows] for k in self.kv_cache]
         return some
 
     def make_room(self,
         tokens: int, # That must fit
     ):
         "Where there is too little room for keys and values, makes enough, and for a hundred tokens more."
-        if (lacking := tokens - self.kept[0].shape[self.token_axes[0]]) > 0: self.kept = [F.pad(k, (0, 0)*(3 - axis) + (0, lacking + 100)) for k, axis in zip(self.kept, cycle(self.token_axes))]
+        if (lacking := tokens - self.kv_cache[0].shape[self.token_axes[0]]) > 0: self.kv_cache = [F.pad(k, (0, 0)*(3 - axis) + (0, lacking + 100)) for k, axis in zip(self.kv_cache, cycle(self.token_axes))]
 
     @cached_property
     def layers(self):

@@ -25,7 +25,7 @@ from .inference import make_sampler
 @patch
 def by_token(self: Decoder): # (sequences, tokens, ...) each
     "Views of what is kept."
-    return [k.movedim(axis, 1) for k, axis in zip(self.kept, cycle(self.token_axes))]
+    return [k.movedim(axis, 1) for k, axis in zip(self.kv_cache, cycle(self.token_axes))]
 
 @patch
 def join(self: Decoder,
@@ -34,23 +34,23 @@ def join(self: Decoder,
     most: int, # How many sequences there can be
 ):
     "Takes in sequences of `other`, without their padding, as the last ones."
-    if not self.kept: self.kept, self.length = [k.new_zeros(most, *k.shape[1:]) for k in other.kept], other.padding[:0]
-    first, skipped, lengths = len(self.length), other.padding.tolist(), other.length - other.padding
+    if not self.kv_cache: self.kv_cache, self.seq_len = [k.new_zeros(most, *k.shape[1:]) for k in other.kv_cache], other.padding[:0]
+    first, skipped, lengths = len(self.seq_len), other.padding.tolist(), other.seq_len - other.padding
     self.make_room(int(lengths.max()))
     for mine, theirs in zip(self.by_token(), other.by_token()):
         for k, row in enumerate(rows, first): mine[k, :lengths[row]] = theirs[row, skipped[row]:skipped[row] + lengths[row]]
-    self.length = torch.cat([self.length, lengths[rows]])
-    self.padding = torch.zeros_like(self.length)
+    self.seq_len = torch.cat([self.seq_len, lengths[rows]])
+    self.padding = torch.zeros_like(self.seq_len)
 
 @patch
 def leave(self: Decoder,
     row: int, # Of a sequence
 ):
     "Forgets a sequence; the last one takes its place."
-    last = len(self.length) - 1
-    for k in self.by_token(): k[row, :self.length[last]] = k[last, :self.length[last]]
-    self.length[row] = self.length[last]
-    self.length, self.padding = self.length[:last], self.padding[:last]
+    last = len(self.seq_len) - 1
+    for k in self.by_token(): k[row, :self.seq_len[last]] = k[last, :self.seq_len[last]]
+    self.seq_len[row] = self.seq_len[last]
+    self.seq_len, self.padding = self.seq_len[:last], self.padding[:last]
 
 # %% ../nbs/library/engine.ipynb #efae387f
 class Busy(Exception):
@@ -188,7 +188,7 @@ class Engine:
         self.admit()
         if not self.running: return
         last = torch.tensor([(c.ids + c.new)[-1] for c in self.running], device=self.model.device)
-        logits = self.decoder.step(last).float().cpu()
+        logits = self.decoder.decode(last).float().cpu()
         self.steps, self.tokens = self.steps + 1, self.tokens + len(last)
         logprobs, ended = logits.log_softmax(-1) if any(c.top is not None for c in self.running) else None, []
         pieces = []
@@ -255,5 +255,5 @@ class Engine:
         skipped = [max(map(len, prompts)) - len(p) for p in prompts]
         starts = decoder_for(self.model)(self.model, torch.tensor(skipped, device=self.model.device))
         starts(torch.tensor([[self.tokenizer.pad_token_id]*k + [*p] for k, p in zip(skipped, prompts)], device=self.model.device))
-        starts.length -= 1
+        starts.seq_len -= 1
         return starts

@@ -43,24 +43,24 @@ class OnnxDecoder(Decoder):
     def whole(self, ids):
         "All tokens at once."
         if self.padding is None: self.padding = ids.new_zeros(len(ids))
-        self.length, self.bound = 0, None
-        self.kept = [torch.zeros(len(ids), heads, 0, size) for heads, size in self.model.kept.values()]
-        logits = self.step(ids)
-        if not (self.use_cache and self.kept): self.length = 0
+        self.seq_len, self.bound = 0, None
+        self.cache_shapes = [torch.zeros(len(ids), heads, 0, size) for heads, size in self.model.cache_shapes.values()]
+        logits = self.decode(ids)
+        if not (self.use_cache and self.cache_shapes): self.seq_len = 0
         return logits
 
-    def step(self, ids):
+    def decode(self, ids):
         "New tokens of each sequence, (sequences, new) or (sequences,)."
         sequences, in_place = len(self.padding), self.model.cache == "in place"
-        ids, past = ids.reshape(sequences, -1).contiguous(), torch.as_tensor(self.length).view(-1, 1) # (1, 1), or (sequences, 1)
+        ids, past = ids.reshape(sequences, -1).contiguous(), torch.as_tensor(self.seq_len).view(-1, 1) # (1, 1), or (sequences, 1)
         total = int(past.max()) + ids.shape[1]
         if in_place: self.make_room(total)
-        before = [k[:sequences] for k in self.kept]
-        if not in_place: before, self.kept = [k[:, :, :int(past)].contiguous() for k in before], [k.new_empty(*k.shape[:2], total, k.shape[3]) for k in before]
+        before = [k[:sequences] for k in self.cache_shapes]
+        if not in_place: before, self.cache_shapes = [k[:, :, :int(past)].contiguous() for k in before], [k.new_empty(*k.shape[:2], total, k.shape[3]) for k in before]
         if (there := [(k.data_ptr(), k.shape) for k in before]) != self.bound:
             self.binding = self.model.session.io_binding()
-            self.bind("input", dict(zip(self.model.kept, before)))
-            self.bind("output", {name.replace("past_key_values", "present"): k[:sequences] for name, k in zip(self.model.kept, self.kept)})
+            self.bind("input", dict(zip(self.model.cache_shapes, before)))
+            self.bind("output", {name.replace("past_key_values", "present"): k[:sequences] for name, k in zip(self.model.cache_shapes, self.cache_shapes)})
             self.bound = there if in_place else None
         place, new, logits = torch.arange(total), torch.arange(ids.shape[1]), torch.empty(*ids.shape, self.model.config.vocab_size)
         mask = (place >= self.padding[:, None]) & (place < past + ids.shape[1])
@@ -69,7 +69,7 @@ class OnnxDecoder(Decoder):
         self.bind("input", given)
         self.bind("output", {"logits": logits})
         self.model.session.run_with_iobinding(self.binding)
-        self.length = self.length + ids.shape[1]
+        self.seq_len = self.seq_len + ids.shape[1]
         return logits[:, -1]
 
     def bind(self, direction, tensors):
@@ -101,11 +101,11 @@ class OnnxModel:
         except Exception as e: raise InputError(f"{file}: cannot be opened ({' '.join(str(e).split())[:200]}). Write it anew with seqgpt export.") from e
         inputs, props = {t.name: t.shape for t in self.session.get_inputs()}, self.session.get_modelmeta().custom_metadata_map
         self.cache = props.get("cache", "none")
-        self.kept = {name: (shape[1], shape[3]) for name, shape in inputs.items() if name.startswith("past_key_values.") and len(shape) == 4} # heads and size of each part of the cache
+        self.cache_shapes = {name: (shape[1], shape[3]) for name, shape in inputs.items() if name.startswith("past_key_values.") and len(shape) == 4} # heads and size of each part of the cache
         names, c = cache_names(self.config.n_layer) if self.cache != "none" else [], self.config
         wanted = dict.fromkeys((f"past_key_values.{n}" for n in names), (c.n_head, head_size(c, self.cache)))
         width = next((t.shape[-1] for t in self.session.get_outputs() if t.name == "logits" and t.shape), None)
-        if self.kept != wanted or inputs.keys() != {"input_ids", "attention_mask", "position_ids", *wanted} or width != (c.vocab_size if task == "clm" else c.num_labels) or props.get("positions") != str(c.n_positions):
+        if self.cache_shapes != wanted or inputs.keys() != {"input_ids", "attention_mask", "position_ids", *wanted} or width != (c.vocab_size if task == "clm" else c.num_labels) or props.get("positions") != str(c.n_positions):
             raise InputError(f"{file}: was not made from the model in {file.parent}/config.json. Write it anew with seqgpt export.")
 
     def __call__(self,
@@ -116,7 +116,7 @@ class OnnxModel:
         if attention_mask is None: attention_mask = torch.ones_like(input_ids)
         if position_ids is None: position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        feeds |= {name: torch.zeros(len(input_ids), heads, 0, size) for name, (heads, size) in self.kept.items()}
+        feeds |= {name: torch.zeros(len(input_ids), heads, 0, size) for name, (heads, size) in self.cache_shapes.items()}
         return SimpleNamespace(logits=torch.from_numpy(self.session.run(["logits"], {name: t.numpy() for name, t in feeds.items()})[0]))
 
 # %% ../nbs/library/onnx_models.ipynb #29ea3907
