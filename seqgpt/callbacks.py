@@ -20,11 +20,10 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
-from .config import Config
 from .devices import gather_model
 from .metrics import out_of_patience, recent_loss, validation_metrics
 from .progress import tqdm
-from .saving import keep_results, save_model
+from .saving import keep_results
 
 # %% ../nbs/library/callbacks.ipynb #908af9a5
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -132,41 +131,51 @@ class Bar(ProgressCallback):
 
 # %% ../nbs/library/callbacks.ipynb #f23b70c7
 class KeepBest(TrainerCallback):
-    "At each validation: prints a line, writes `best_model` where the loss is the lowest so far, stops where it no longer falls."
+    "At each validation: prints a line, saves the model where the loss is the lowest so far, stops where it stays."
     def __init__(self,
-        output_dir: Path, # Where `best_model` shall stand
-        tokenizer, # To save with the model
-        config: Config, # To save with the model
+        folder: Path, # Of the best model
+        save, # To be called with a folder, a model and `metrics`
+        patience: int = 0, # Validations without a new best, after which to stop; 0: never
     ):
-        self.output_dir, self.tokenizer, self.config = output_dir, tokenizer, config
-        self.seconds = self.tokens = 0
+        self.folder, self.save, self.patience = folder, save, patience
+        self.seconds = self.tokens = 0 # that training took and saw since the last validation
+        self.headed = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps) # a resumed run validates as often as it is told now
+        self.tokens = state.num_input_tokens_seen
 
     def on_step_begin(self, args, state, control, **kwargs): self.started = time.perf_counter()
+
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.started
         unknown = math.isnan(recent_loss([*state.log_history, {}])) # nothing was logged since the last validation
         if control.should_evaluate and unknown: control.should_log = True
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        state.compute_steps(args, state.max_steps) # a resumed run validates as often as it is told now
-        self.tokens = state.num_input_tokens_seen
-        level, more = ("PPL", "") if self.config.task == "clm" else ("loss", f" {'macro F1':>9}")
-        self.head = f"{'epoch':>6} {'step':>7} {f'train {level}':>10} {f'val {level}':>9} {'accuracy':>9}{more} {'tokens/s':>9}\n"
-
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         best = state.best_metric is None or metrics["eval_loss"] < state.best_metric
-        if out_of_patience(self.config, state): control.should_training_stop = True
+        if out_of_patience(state.log_history, self.patience): control.should_training_stop = True
         found = validation_metrics(state.log_history)
-        keep = gather_object([best or not (self.output_dir/"best_model").exists()])[0] # as the first process sees it
+        keep = gather_object([best or not self.folder.exists()])[0] # as the first process sees it
         model = gather_model(model) if keep else None
         if not state.is_world_process_zero: return
         if keep:
-            keep_results(self.output_dir/"best_model")
-            save_model(self.output_dir/"best_model", model, self.tokenizer, self.config, found)
+            keep_results(self.folder)
+            self.save(self.folder, model, metrics=found)
         speed = (state.num_input_tokens_seen - self.tokens) / self.seconds if self.seconds else math.nan
         self.seconds, self.tokens = 0, state.num_input_tokens_seen
-        level = next(iter(found)) # perplexity or loss
-        more = f" {found['macro_f1']:9.2%}" if "macro_f1" in found else ""
-        tqdm.write(f"{self.head}{found['epoch']:6.2f} {found['step']:7} {found.get(f'train_{level}', math.nan):10.4g} {found[level]:9.4g} {found['accuracy']:9.2%}{more} "
-                   f"{speed:9,.0f}{'  best so far' if best else ''}")
-        self.head = "" # once, above the first line: in Jupyter, `Trainer`'s own table comes in between
+        self.write_line(found, speed, best)
+
+    def write_line(self, found, speed, best):
+        level = next(iter(found)) # perplexity, or loss of a classifier
+        name = {"perplexity": "PPL"}.get(level, level)
+        f1 = "macro_f1" in found
+        if not self.headed: # once: in Jupyter, `Trainer`'s own table comes in between
+            head = f"{'epoch':>6} {'step':>7} {f'train {name}':>10} {f'val {name}':>9} {'accuracy':>9}"
+            tqdm.write(head + (f" {'macro F1':>9}" if f1 else "") + f" {'tokens/s':>9}")
+        self.headed = True
+        line = f"{found['epoch']:6.2f} {found['step']:7} {found.get(f'train_{level}', math.nan):10.4g} "
+        line += f"{found[level]:9.4g} {found['accuracy']:9.2%}"
+        if f1: line += f" {found['macro_f1']:9.2%}"
+        tqdm.write(line + f" {speed:9,.0f}{'  best so far' if best else ''}")
+

@@ -12,9 +12,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import TrainerState
 
-from .config import Config
 
 # %% ../nbs/library/metrics.ipynb #104ae434
 def token_sums(
@@ -114,11 +112,11 @@ def recent_loss(
 
 # %% ../nbs/library/metrics.ipynb #8baebdd5
 def out_of_patience(
-    config: Config,
-    state: TrainerState,
+    history: list[dict], # What `Trainer` wrote down
+    patience: int, # Validations; 0: endless
 ) -> bool:
-    "Whether the last validations, as many as the patience, brought no new best or, of a classifier, not one mistake."
-    validations, patience = [log for log in state.log_history if "eval_loss" in log], config.early_stopping_patience
+    "Whether the last `patience` validations brought no new best or, of a classifier, not one mistake."
+    validations = [log for log in history if "eval_loss" in log]
     if not 0 < patience <= len(validations): return False
     losses = [log["eval_loss"] for log in validations]
     flawless = all("eval_macro_f1" in log and log["eval_accuracy"] == 1 for log in validations[-patience:])

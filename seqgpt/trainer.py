@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from .checkpoints import checkpoints_in, load_state, save_state
+from .checkpoints import checkpoints_in, load_state, read_checkpoint, save_state
 from .cpu import tune_malloc, use_fast_cpu_kernels
 from .data import ByLength, column
 from .devices import shard_like, whole, gather_model
@@ -60,6 +60,15 @@ class SequenceTrainer(Trainer):
     def _run_epoch(self, *, epoch, **kwargs):
         if self.sampler: self.sampler.set_epoch(epoch) # `Trainer` does not reach it where several processes go on in the middle of an epoch
         super()._run_epoch(epoch=epoch, **kwargs)
+
+    def save_checkpoint(self):
+        "Writes a checkpoint now."
+        self._save_checkpoint(self.model, None)
+
+    def go_to(self, checkpoint):
+        "Takes weights and state from a checkpoint, without training."
+        self.state = read_checkpoint(checkpoint)
+        self._load_from_checkpoint(checkpoint)
 
 class PaddedDataset(torch.utils.data.Dataset):
     "A dataset that has a sequence of `<bos>` alone at -1: it predicts nothing, so it counts for nothing."
