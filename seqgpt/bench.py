@@ -44,10 +44,9 @@ from torch import nn
 from torch.func import functional_call
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .arguments import preset
 from .baselines import source_scores
 from .checks import InputError, OutputPath, counted, user_path
-from .config import Config, read_config
+from .config import Config, preset, read_config
 from .corpora import write_digits
 from .cpu import tune_malloc, use_fast_cpu_kernels
 from .devices import pick_precision

@@ -122,8 +122,8 @@ class Bar(ProgressCallback):
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero and self.prediction_bar is None:
-            locked = self.training_bar is None
-            self.prediction_bar = tqdm(total=len(eval_dataloader), desc="Validating", leave=locked, dynamic_ncols=True)
+            alone = self.training_bar is None
+            self.prediction_bar = tqdm(total=len(eval_dataloader), desc="Validating", leave=alone, dynamic_ncols=True)
         super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):

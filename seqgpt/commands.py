@@ -198,7 +198,7 @@ def export(
 ):
     "Writes a trained model as ONNX, in 32, 16 and 8 bits, with what is needed to use it without PyTorch; and measures each file beside PyTorch."
     from seqgpt.checks import read_json
-    from seqgpt.exported import export_folder
+    from seqgpt.onnx_folder import export_folder
     out = user_path(model_path)/"onnx" if out_dir is None else user_path(out_dir)
     if out.is_symlink(): raise InputError(f"{out}: is a link, and could lead anywhere. Choose another --out_dir.")
     there = {*os.listdir(out)} if out.is_dir() else {out.name} if out.exists() else set()
@@ -228,8 +228,8 @@ def serve(
     if not any(paths.values()): raise InputError("Nothing to serve. Name a language model with --model_path, a classifier with --classifier_path, or both.")
     for name, value in {"max_running": max_running, "max_waiting": max_waiting, "max_seconds": max_seconds}.items():
         if value < 1: raise InputError(f"{name} is {value}. It must be at least 1.")
-    with ThreadPoolExecutor(1) as train_validation_split: # PyTorch's threads for this end with it; else they would stay, and those that compute would have to give way to them
-        models = {task: train_validation_split.submit(open_model, path, task, runtime).result() for task, path in paths.items() if path}
+    with ThreadPoolExecutor(1) as loader: # PyTorch's threads for this end with it; else they would stay, and those that compute would have to give way to them
+        models = {task: loader.submit(open_model, path, task, runtime).result() for task, path in paths.items() if path}
     for model, _ in models.values():
         if runtime != "onnx" and isinstance(model, torch.nn.Module) and torch.cuda.is_available(): model.cuda()
     names = {task: "/".join(Path(path).resolve().parts[-2:]) for task, path in paths.items() if path} | ({"clm": model_name} if model_name else {})

@@ -19,6 +19,7 @@ from datasets import Dataset
 
 from .checks import InputError, read_json, user_path
 from .classification import ClassEvaluation, best_possible, predict, rivals
+from .config import check_config, run_config
 from .data import Split, given_split
 from .encoding import read_corpus
 from .evaluation import Evaluation, evaluate
@@ -26,12 +27,11 @@ from .files import atomic_write
 from .loading import load_folder
 from .markov import MarkovSource, load_source
 from seqgpt.plots import (
-    plot_calibration, plot_comparison, plot_confusion, plot_distances, plot_sampled, plot_f1,
-    plot_labels, plot_positions, plot_rivals,
+    plot_calibration, plot_comparison, plot_confusion, plot_distances, plot_f1, plot_labels,
+    plot_positions, plot_rivals, plot_sampled,
 )
-from .preparing import check_config, load_data
+from .preparing import load_data
 from .progress import tqdm
-from .saving import model_config
 
 # %% ../nbs/library/reports.ipynb #16662afc
 def plot_evaluation(

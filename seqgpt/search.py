@@ -36,16 +36,16 @@ from optuna.trial import TrialState
 from transformers import GPT2Config, TrainerCallback
 
 from .callbacks import Diverged, Interrupted, OutOfMemory, out_of_memory
-from .checkpoints import Finished, checkpoints_in
+from .checkpoints import checkpoints_in
 from .checks import InputError, counted, read_json, to_builtin
-from .config import Config, literal
-from .files import remove, remove_partial, write_lines, atomic_write
+from .config import Config, check_config, literal, write_config
+from .files import atomic_write, remove, remove_partial, write_lines
 from .model import make_config
-from .preparing import check_config, load_data, load_vocab, start_from
+from .preparing import load_data, load_vocab, start_from
 from .progress import tqdm
-from .saving import write_config
+from .runs import Finished, alone_in
 from .tokenizer import html_table
-from .training import alone_in, train
+from .training import train
 
 # %% ../nbs/12_search.ipynb #61ca47d3
 SETTINGS = ("learning_rate", "batch_size", "warmup_steps", "weight_decay", "max_grad_norm", "optimizer", "lr_scheduler_type", "num_epochs", "max_steps", "gradient_accumulation_steps",

@@ -405,9 +405,8 @@ def test_of_two_files_the_later_one_wins_and_fields_of_the_model_add_up(corpus, 
 
 
 def test_settings_from_numpy_pytorch_and_pathlib(tmp_path):
-    from seqgpt.config import Config, read_config
+    from seqgpt.config import Config, read_config, write_config
     from seqgpt.markov import make_markov, write_markov
-    from seqgpt.saving import write_config
     from seqgpt.search import read_range
     odd = Config(data_path=tmp_path/"d", output_dir=tmp_path/"o", max_length=np.int64(16), n_layer=torch.tensor(1), resume=np.bool_(True), learning_rate=np.float32(0.25),
                  weight_decay=np.float64(0.5), num_epochs=np.int32(2), precision=np.str_("fp32"), model={"n_inner": np.int64(24), "resid_pdrop": np.float32(0.5)})

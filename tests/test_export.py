@@ -19,9 +19,9 @@ from seqgpt.config import read_config
 from seqgpt.decoding import Decoder
 from seqgpt.inference import generate
 from seqgpt.loading import load_model
+from seqgpt.runs import alone_in
 from seqgpt.saving import save_model
 from seqgpt.tokenizer import load_tokenizer
-from seqgpt.training import alone_in
 
 MODELS = {"plain": dict(n_layer=1, n_head=2, n_embd=16),
           "odd": dict(n_layer=2, n_head=3, n_embd=15, n_inner=7, activation_function="relu", scale_attn_by_inverse_layer_idx=True, layer_norm_epsilon=0.1, tie_word_embeddings=False)} # heads of 5

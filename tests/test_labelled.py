@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from seqgpt.corpora import digits_shape
 from seqgpt.encoding import read_corpus
-from seqgpt.exported import FORMS
 from seqgpt.inference import generate
 from seqgpt.loading import load_model
+from seqgpt.onnx_folder import FORMS
 from seqgpt.prompts import encode_prompt
 from seqgpt.tokenizer import load_tokenizer, make_tokenizer
 
@@ -50,7 +50,7 @@ def exported(digits, once):
     "That model, also as ONNX: the fast form, which the page and `infer` take."
     def exported_digits(folder):
         shutil.copytree(digits, folder, dirs_exist_ok=True)
-        with patch.dict("seqgpt.exported.FORMS", clm={"fast": FORMS["clm"]["fast"]}):
+        with patch.dict("seqgpt.onnx_folder.FORMS", clm={"fast": FORMS["clm"]["fast"]}):
             result = seqgpt("export", "--model_path", "m/best_model", cwd=folder)
         assert result.returncode == 0, result.stderr
     return once(exported_digits)

@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from seqgpt.checks import InputError
 from seqgpt.corpora import digit_vocab
 from seqgpt.export import to_onnx
-from seqgpt.exported import write_page
-from seqgpt.inference import make_sampler, generate, next_logits
+from seqgpt.inference import generate, make_sampler, next_logits
+from seqgpt.onnx_folder import write_page
 from seqgpt.prompts import encode_prompt
 from seqgpt.tokenizer import make_tokenizer, save_tokenizer
 

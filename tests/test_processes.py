@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 from test_crashes import history
 
 from seqgpt.checks import InputError
-from seqgpt.config import Config
+from seqgpt.config import Config, check_config
 from seqgpt.metrics import ExactMetrics
-from seqgpt.preparing import check_config
 
 EXACT = [f"--model.{name}" if k == 0 else "0" for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop") for k in range(2)]
 RUN = ["train", "--data_path", "data.jsonl", "--cache_dir", "cache", "--max_length", 24, "--num_epochs", 2, "--eval_steps", 4, "--logging_steps", 1, "--precision", "fp32", *TINY, *EXACT]
