@@ -62,7 +62,7 @@ def training_split(
     model_path = Path(os.path.abspath(user_path(model_path)))
     written = model_path.parent/"split.json"
     try:
-        config = replace(model_config(model_path), cache_dir=cache_dir)
+        config = replace(run_config(model_path), cache_dir=cache_dir)
         check_config(config)
         corpus, split = load_data(config, tokenizer)
     except InputError as e:
@@ -106,7 +106,7 @@ def evaluation_data(
         if data_path is None: raise
         split = None # without the training data there are no baselines
     if data_path is None:
-        config = model_config(model_path)
+        config = run_config(model_path)
         dataset, path = split.validation, config.validation_path or config.data_path
     else:
         how = dict(skip_bad_lines=skip_bad_lines, classes=classes, cache_dir=cache_dir)
