@@ -96,11 +96,20 @@ def reading_order(pages: Path) -> list[str]:
     return order
 
 
+def house(pages: Path) -> list[str]:
+    "The pages of the library that are no chapters, in the order of its plan."
+    names = re.findall(r"\]\((\w+\.ipynb)\)", "\n".join(c.source for c in read_nb(pages/"library/house.ipynb").cells))
+    return ["library/house.ipynb", *(f"library/{name}" for name in dict.fromkeys(names))]
+
+
 def parts(pages: Path) -> dict[str, list[str]]:
     "The parts of the book and their pages."
-    order = reading_order(pages)
-    rest = [name for p in sorted(pages.rglob("*.ipynb")) if (name := str(p.relative_to(pages))) not in order and name != "index.ipynb"]
-    return {"The library, step by step": [p for p in order if "/" not in p], "Tutorials": [p for p in order if "/" in p], "More": rest}
+    order, library = reading_order(pages), house(pages)
+    names = [str(p.relative_to(pages)) for p in sorted(pages.rglob("*.ipynb"))]
+    rest = [name for name in names if name not in (*order, *library, "index.ipynb")]
+    return {"The library, step by step": [p for p in order if "/" not in p],
+            "Tutorials": [p for p in order if "/" in p], "More": rest,
+            "The library, for contributors": library}
 
 
 def contents(caption: str, names: list[str]) -> str:

@@ -1,0 +1,73 @@
+"Modules are short, tell one story each, and import only from those before them in the plan."
+import ast
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+MODULES = sorted(p for p in (ROOT/"seqgpt").glob("*.py") if p.stem not in ("__init__", "_modidx"))
+CODE = [*MODULES, *(ROOT/"tests").glob("*.py"), *(ROOT/"benchmarks").glob("*.py"), *(ROOT/"docs").glob("*.py")]
+PAGES = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+def plan() -> list[str]:
+    "The pages of the plan, in its order; each exports a module."
+    cells = json.loads((ROOT/"nbs/library/house.ipynb").read_text(encoding="utf-8"))["cells"]
+    table, = ("".join(c["source"]) for c in cells if "| module |" in "".join(c["source"]))
+    return re.findall(r"\| \[\w+\]\(([\w./]+)\.ipynb\)", table)
+
+
+def exported(page: str) -> str:
+    "The module that a page exports."
+    cells = json.loads((ROOT/f"nbs/library/{page}.ipynb").read_text(encoding="utf-8"))["cells"]
+    name, = re.findall(r"^#\| default_exp (\w+)", "\n".join("".join(c["source"]) for c in cells), re.M)
+    return name
+
+
+def imported(module) -> set[str]:
+    "The modules of the package that a module imports, inside functions too."
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names if a.name.startswith("seqgpt.")}
+        if isinstance(node, ast.ImportFrom):
+            if node.level: found |= {f"seqgpt.{node.module}"} if node.module else {f"seqgpt.{a.name}" for a in node.names}
+            elif node.module == "seqgpt": found |= {f"seqgpt.{a.name}" for a in node.names}
+            elif node.module.startswith("seqgpt."): found.add(node.module)
+    names = {p.stem for p in MODULES}
+    return {name.split(".")[1] for name in found} & names
+
+
+def test_the_plan_has_every_module_once_and_chapters_in_their_order():
+    order = [exported(page) for page in plan()]
+    assert sorted(order) == [p.stem for p in MODULES]
+    chapters = [page for page in plan() if page.startswith("../")]
+    assert chapters == sorted(chapters)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_imports_run_one_way(module):
+    order = [exported(page) for page in plan()]
+    before = order[:order.index(module.stem)]
+    assert imported(module) <= set(before)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_a_module_is_short(module):
+    assert len(module.read_text(encoding="utf-8").splitlines()) <= 300
+
+
+def functions(source: str):
+    "Name and lines of each function in a piece of code."
+    for node in ast.walk(ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", source, flags=re.M))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef): yield node.name, node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("path", [*CODE, *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    sources = [text]
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and not c["source"][:1] == ["%%"]]
+    assert {name: n for source in sources for name, n in functions(source) if n > 45} == {}
