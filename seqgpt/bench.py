@@ -56,8 +56,8 @@ from .files import atomic_write
 from .inference import generate
 from .markov import load_source, make_markov, write_markov
 from .model import exact_loss, make_config, new_model
-from .preparing import load_data, load_vocab
 from .progress import tqdm
+from .resolving import load_data, load_vocab
 from .tokenizer import make_tokenizer, save_tokenizer
 from .training import train
 

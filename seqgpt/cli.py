@@ -78,7 +78,7 @@ def run_verb(
         given[name] = {k: v for d in (*(f.get(name) for f in files), given[name]) for k, v in (d or {}).items()}
     for target in targets: check_paths(target, given) # before the libraries are imported
     if Config not in targets: return targets[0](**given)
-    from seqgpt.preparing import start_from
+    from seqgpt.resolving import start_from
     settings = {k: v for k, v in given.items() if k in inspect.signature(Config).parameters}
     config = Config(**{**settings, "model": {k: literal(v) for k, v in settings["model"].items()}})
     named |= {"max_length"} & {name for f in files for name in f} # also where a file says the default

@@ -155,7 +155,7 @@ def check_choices(
     if config.resume and config.overwrite:
         raise InputError("Choose one of --resume (go on) and --overwrite (start again).")
 
-# %% ../nbs/library/config.ipynb #1b74ebfb
+# %% ../nbs/library/config.ipynb #f3b2272b
 def check_task_settings(
     config: Config,
 ):
@@ -183,8 +183,8 @@ def check_transfer(
         if value and config.init_from is None: raise InputError(f"{name} {start} Random weights have to learn.")
     if config.new_symbols != "normal" and config.init_from is None: raise InputError(f"new_symbols {start}")
     if config.lora_rank and config.frozen_layers == config.n_layer:
-        raise InputError(f"frozen_layers is {config.frozen_layers}, which is all, so lora_rank has no block to add to. "
-                         "Leave one of them out.")
+        raise InputError(f"frozen_layers is {config.frozen_layers}, which is all, so lora_rank has no block to add "
+                         "to. Leave one of them out.")
 
 def check_folders(
     config: Config,

@@ -30,8 +30,8 @@ from seqgpt.plots import (
     plot_calibration, plot_comparison, plot_confusion, plot_distances, plot_f1, plot_labels,
     plot_positions, plot_rivals, plot_sampled,
 )
-from .preparing import load_data
 from .progress import tqdm
+from .resolving import load_data
 
 # %% ../nbs/library/reports.ipynb #16662afc
 def plot_evaluation(

@@ -7,7 +7,7 @@ __all__ = ['FIXED', 'LEFT', 'NEW_SYMBOLS', 'alone_in', 'run_identity', 'check_sa
            'newest_checkpoint', 'check_free', 'find_checkpoint', 'begin_run', 'split_record', 'warn_of_missing_classes',
            'report_transfer', 'warn_of_leak', 'start_data']
 
-# %% ../nbs/library/runs.ipynb #b2ce906c
+# %% ../nbs/library/runs.ipynb #ba110240
 import json
 import math
 from dataclasses import asdict, replace
@@ -22,8 +22,9 @@ from .data import Split, class_names, given_split
 from .files import atomic_write, fingerprint, locked, remove, remove_partial
 from .metrics import out_of_patience
 from .model import count_parameters
-from .preparing import PreparedRun, load_data
+from .preparing import PreparedRun
 from .progress import tqdm
+from .resolving import load_data
 from .saving import model_around
 from .tokenizer import SPECIALS
 from .transfer import shared_symbols
@@ -176,7 +177,7 @@ def warn_of_missing_classes(
         tqdm.write(f"{len(lacking)} of {len(classes)} classes have no sequence to {purpose}: "
                    f"{', '.join(lacking[:5])}{more}.")
 
-# %% ../nbs/library/runs.ipynb #4cd93ec0
+# %% ../nbs/library/runs.ipynb #9e7d4b18
 NEW_SYMBOLS = {"normal": "as its own are distributed", "mean": "as the mean of its own", "random": "at random"}
 
 def report_transfer(
@@ -186,8 +187,8 @@ def report_transfer(
     known = len(shared_symbols(run.start.tokenizer, run.tokenizer)[0]) - len(SPECIALS)
     symbols = len(run.tokenizer) - len(SPECIALS)
     if known < symbols:
-        tqdm.write(f"{run.start.folder} knows {known or 'none'} of the {symbols:,} symbols; those that it does not know "
-                   f"begin {NEW_SYMBOLS[run.config.new_symbols]}.")
+        tqdm.write(f"{run.start.folder} knows {known or 'none'} of the {symbols:,} symbols; those that it does not "
+                   f"know begin {NEW_SYMBOLS[run.config.new_symbols]}.")
     learning = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     every = count_parameters(run.model)["all"]
     if learning < every: tqdm.write(f"{learning:,} of {every:,} parameters learn.")
@@ -200,8 +201,8 @@ def warn_of_leak(
     if not start.tokenizer.get_vocab().items() <= run.tokenizer.get_vocab().items(): return # other ids: other data
     try: train = start_data(run).train
     except InputError:
-        return tqdm.write(f"What {start.folder} was trained on is gone: whether the sequences to validate on were among "
-                          "it cannot be told.")
+        return tqdm.write(f"What {start.folder} was trained on is gone: whether the sequences to validate on were "
+                          "among it cannot be told.")
     seen = given_split(train, run.split.validation).shared
     if seen > run.split.shared:
         tqdm.write(f"{start.folder} was trained on {seen:,} of the sequences to validate on, so they flatter. "

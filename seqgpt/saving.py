@@ -75,7 +75,7 @@ def model_card(
         use=USE[config.task].replace("{tokenizer.bos_token}", tokenizer.bos_token)
                             .replace("{c.n_positions}", str(c.n_positions)))
 
-# %% ../nbs/library/saving.ipynb #c466ba3b
+# %% ../nbs/library/saving.ipynb #337e7ce0
 def save_model(
     folder: str | Path, # Where it is to be
     model, # A GPT-2
@@ -87,7 +87,7 @@ def save_model(
     model, config = merged(model), without_folders(config)
     with atomic_write(folder) as part:
         use_cache = model.config.use_cache
-        model.config.use_cache = config.model.get("use_cache", True) # `Trainer` turned it off; to generate, one wants it
+        model.config.use_cache = config.model.get("use_cache", True) # which `Trainer` has turned off
         model.save_pretrained(part)
         model.config.use_cache = use_cache
         save_tokenizer(tokenizer, part)
@@ -109,7 +109,7 @@ def keep_results(
         made.rename(target)
         tqdm.write(f"{made} belongs to an earlier model: it is {target} now.")
 
-# %% ../nbs/library/saving.ipynb #9309cc58
+# %% ../nbs/library/saving.ipynb #e9d4c0e1
 def model_around(
     path: str | Path, # A file or folder, which need not be there
 ) -> Path | None:
@@ -121,13 +121,13 @@ def model_around(
 def model_stays(
     out: str | Path, # A file or folder to be written
 ):
-    "Raises `InputError` where `out` is in the folder of a model that a training would replace, or has replaced meanwhile."
+    "Raises `InputError` where `out` is in a model that a training would replace, or has replaced meanwhile."
     folder = model_around(out)
     remedy = "Wait for the end of the training, or choose an --out_dir that is not in the folder of the model."
     for run in folder.parents if folder else ():
         if not ((run/".lock").exists() and (run/"config.yaml").exists()): continue
-        going_on = f"{run}: a training is going on, and its next best model would replace {folder} with all that is in it."
-        with locked(run/".lock", f"{going_on}\n{remedy}"): pass
+        taken = f"a training is going on, and its next best model would replace {folder} with all that is in it"
+        with locked(run/".lock", f"{run}: {taken}.\n{remedy}"): pass
     before = folder and model_version(folder)
     failed = None
     try: yield

@@ -41,8 +41,8 @@ from .checks import InputError, counted, read_json, to_builtin
 from .config import Config, check_config, literal, write_config
 from .files import atomic_write, remove, remove_partial, write_lines
 from .model import make_config
-from .preparing import load_data, load_vocab, start_from
 from .progress import tqdm
+from .resolving import load_data, load_vocab, start_from
 from .runs import Finished, alone_in
 from .tokenizer import html_table
 from .training import train

@@ -26,8 +26,8 @@ from seqgpt.data import collate, given_split, split_corpus
 from seqgpt.encoding import read_corpus
 from seqgpt.markov import make_markov, write_markov
 from seqgpt.plots import CELL_COLOURS, plot_batch
-from seqgpt.preparing import load_data, load_vocab
 from seqgpt.records import frame
+from seqgpt.resolving import load_data, load_vocab
 from seqgpt.sources import corpus_files, find_vocab
 from seqgpt.streaming import stream_corpus
 from seqgpt.tokenizer import make_tokenizer
