@@ -23,7 +23,7 @@ from seqgpt.checks import (
 )
 from .files import atomic_write
 
-# %% ../nbs/library/config.ipynb #8b3fa144
+# %% ../nbs/library/config.ipynb #c4377b21
 @dataclass
 class Config:
     "What a training run depends on; the defaults are those of the project."
@@ -90,7 +90,8 @@ class Config:
     n_layer: int = 6 # Blocks of the model
     n_head: int = 8 # Attention heads in a block; must divide n_embd
     n_embd: int = 384 # Dimensions of a token
-    # Any other field of GPT2Config, such as resid_pdrop: 0.2 in a file, --model.resid_pdrop 0.2 on the command line
+    # Any other field of GPT2Config, such as resid_pdrop: 0.2 in a file,
+    # --model.resid_pdrop 0.2 on the command line
     model: dict = field(default_factory=dict)
 
     def __post_init__(self):
