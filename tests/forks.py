@@ -10,7 +10,7 @@ jobs, a line of JSON for each, and gets a line in answer. A job works in the fol
     long, or at the end of that step (to the last process only); with `fill`, the disk is filled up instead,
     until so many bytes are left;
   - `bare`: nothing after the training (no curves, evaluation and samples), and nobody waits for the disk;
-  - `processes`, that train together, with `fsdp` sharing the model out; `runs`, at the same time.
+  - `processes`, that train together, with `fsdp` sharding the model; `runs`, at the same time.
 
   The answer is a list, for each process: exit code (-9: killed), what was printed, number of file operations.
 - a command for the `shell`. The answer: its standard error.
@@ -112,7 +112,7 @@ def fill_up(left):
     os.close(file)
 
 
-def share_out():
+def enable_fsdp():
     """What `accelerate launch --use_fsdp --fsdp_version 2` does on GPUs.
 
     Accelerate does not shard a model on CPUs, though PyTorch can: it is told that these are GPUs."""
@@ -133,7 +133,7 @@ def child(job, rank, write):
         size = str(job["processes"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
                           MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))
-    if job.get("fsdp"): share_out()
+    if job.get("fsdp"): enable_fsdp()
     if job.get("bare"): cli.show_run = training.save_curves = lambda *_: None
     signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests run in the background
     signal.signal(signal.SIGHUP, signal.SIG_DFL) # ignored under nohup

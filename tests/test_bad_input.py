@@ -381,7 +381,7 @@ DATA = { # what is at data.jsonl: bytes, or a function that makes something else
     "all one class": (text([{**r, "label": 1} for r in GOOD]), ["all labels are '1'"]),
     "a huge line": (
         b'{"tokens": ["' + b"C" * (2**26 + 9) + b'"]}\n', ["data.jsonl, line 1: is longer than 64 MiB"]),
-    "a huge line behind others": (
+    "a huge line after others": (
         text(GOOD) + b"[" * (2**26 + 9), ["data.jsonl, line 41: is longer than 64 MiB"]),
     "gzip bomb": (gzip.compress(b" " * 2**28, 6), ["data.jsonl, line 1: is longer than 64 MiB"]),
     "dangling link": (link_to("nowhere"), ["data.jsonl: no such file"]),
@@ -1039,8 +1039,8 @@ SPLIT_JSON = {
 }
 
 
-def both(folder, out, words):
-    "Whoever asks the model is refused."
+def both_refuse(folder, out, words):
+    "Neither inference nor evaluation takes this model."
     refuses(generate if out == "outputs" else classify, folder, words)
     refuses(evaluate, folder, words, out=out)
 
@@ -1049,7 +1049,7 @@ def both(folder, out, words):
 @pytest.mark.parametrize("name", DEVICES)
 def test_parts_of_a_model_that_are_no_files(file, name, copied):
     put(copied/"outputs/best_model"/file, DEVICES[name])
-    both(copied, "outputs", [file])
+    both_refuse(copied, "outputs", [file])
     refuses(go_on, copied, [file])
 
 
@@ -1059,7 +1059,7 @@ def test_parts_of_a_model_that_are_not_json(file, name, copied):
     path = copied/"outputs/best_model"/file
     damaged = TEXTS[name](path.read_text())
     path.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
-    both(copied, "outputs", [f"outputs/best_model/{file}: "])
+    both_refuse(copied, "outputs", [f"outputs/best_model/{file}: "])
 
 
 CHANGES = {
@@ -1076,7 +1076,7 @@ def test_models_that_do_not_fit_together(out, file, name, copied):
     path = copied/out/"best_model"/file
     content = json.loads(path.read_text())
     path.write_text(json.dumps(CHANGES[out, file][name](content)))
-    both(copied, out, [f"{out}/best_model"])
+    both_refuse(copied, out, [f"{out}/best_model"])
 
 
 @pytest.mark.parametrize("name", RUN_YAML)
@@ -1127,7 +1127,7 @@ WEIGHTS = {
     "cut": lambda head, body: (head, body[:-1]),
     "cut in half": lambda head, body: (head, body[:len(body)//2]),
     "no bytes": lambda head, body: (head, b""),
-    "bytes behind": lambda head, body: (head, body + b"x"),
+    "bytes after": lambda head, body: (head, body + b"x"),
     "no head": lambda head, body: (b"", body),
     "head a list": lambda head, body: ([], body),
     "head null": lambda head, body: (None, body),
@@ -1162,14 +1162,14 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_damaged_weights(name, copied):
     rebuilt(copied/"outputs/best_model/model.safetensors", WEIGHTS[name])
-    both(copied, "outputs", ["model.safetensors"])
+    both_refuse(copied, "outputs", ["model.safetensors"])
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**32, 2**63, 2**64 - 1])
 def test_heads_that_cannot_be_so_long(size, copied):
     path = copied/"outputs/best_model/model.safetensors"
     path.write_bytes(size.to_bytes(8, "little") + path.read_bytes()[8:])
-    both(copied, "outputs", ["model.safetensors", "cannot be opened"])
+    both_refuse(copied, "outputs", ["model.safetensors", "cannot be opened"])
 
 
 @pytest.mark.parametrize("out", ["outputs", "c"])
@@ -1272,7 +1272,8 @@ def bitten(draw, content: bytes):
 def replaced(draw, content: str):
     "A value in an object, at any depth, becomes another, goes, or gets a neighbour."
     d = json.loads(content)
-    part, key = d, draw(st.sampled_from(sorted(d)))
+    part = d
+    key = draw(st.sampled_from(sorted(d)))
     while isinstance(part[key], (dict, list)) and part[key] and draw(st.booleans()):
         part = part[key]
         key = draw(st.sampled_from(sorted(part) if isinstance(part, dict) else range(len(part))))

@@ -273,8 +273,8 @@ LLAMA_CPP = """
 import json, sys
 import numpy as np
 from llama_cpp import Llama
-path, given = sys.argv[1], json.load(sys.stdin)
-llama = Llama(path, n_ctx=300, logits_all=True, verbose=False, n_threads=1)
+given = json.load(sys.stdin)
+llama = Llama(sys.argv[1], n_ctx=300, logits_all=True, verbose=False, n_threads=1)
 out = []
 for ids, text in given:
     llama.reset()
