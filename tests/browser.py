@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-
-
+FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync""".split()
+HERE = ("http://127.0.0.1", "http://localhost", "ws://127.0.0.1", "data:", "blob:", "file:")
 MINUTES = 5*60_000 # that a page may take for anything, in milliseconds: the machine may be busy
 
 
@@ -31,9 +31,16 @@ def tab(running, **settings):
     context.set_default_timeout(MINUTES)
     page = context.new_page()
     page.wrong = []
-    page.on("console", lambda m: page.wrong.append(f"{page.url}: {m.text}") if m.type == "error" else None)
+    def on_console(message):
+        if message.type == "error": page.wrong.append(f"{page.url}: {message.text}")
+    def on_request(request):
+        if not request.url.startswith(HERE): page.wrong.append(f"{page.url} asks {request.url}")
+    def on_failure(request):
+        aborted = request.failure == "net::ERR_ABORTED" # by leaving the page
+        if not aborted: page.wrong.append(f"{page.url}: {request.url} failed")
+    page.on("console", on_console)
     page.on("pageerror", lambda e: page.wrong.append(f"{page.url}: {e}"))
-    page.on("request", lambda r: page.wrong.append(f"{page.url} asks {r.url}") if not r.url.startswith(("http://127.0.0.1", "http://localhost", "ws://127.0.0.1", "data:", "blob:", "file:")) else None)
-    page.on("requestfailed", lambda r: page.wrong.append(f"{page.url}: {r.url} failed") if r.failure != "net::ERR_ABORTED" else None) # by leaving the page
+    page.on("request", on_request)
+    page.on("requestfailed", on_failure)
     try: yield page
     finally: context.close()

@@ -5,9 +5,11 @@ import tempfile
 from pathlib import Path
 
 cache = tempfile.TemporaryDirectory() # of encoded data; removed at the end
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", MPLBACKEND="agg", HF_DATASETS_CACHE=cache.name,
-                  OMP_NUM_THREADS="1", # the tests run side by side
-                  TORCH_FAKE_TENSOR_DISPATCH_CACHE="0") # it slows down exports, whose sizes stay open
+os.environ.update(
+    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", MPLBACKEND="agg",
+    HF_DATASETS_CACHE=cache.name,
+    OMP_NUM_THREADS="1", # the tests run in parallel
+    TORCH_FAKE_TENSOR_DISPATCH_CACHE="0") # it slows down exports, whose sizes stay open
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 import contextlib
@@ -27,9 +29,12 @@ import pytest
 from filelock import FileLock
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-fastcore.docments.docments = functools.cache(fastcore.docments.docments) # reads a module anew for each command; a process has one, the tests have thousands
-os.fsync = lambda fd: None # what the system was given outlives a process; to wait for the disk takes long
-ConstrainedLayoutEngine.execute = lambda self, figure: None # nobody looks at pictures here: to arrange them takes long
+# docments reads a module anew for each command; a process has one command, the tests have thousands
+fastcore.docments.docments = functools.cache(fastcore.docments.docments)
+# what the system was given outlives a process; waiting for the disk takes long
+os.fsync = lambda fd: None
+# nobody looks at pictures here; arranging them takes long
+ConstrainedLayoutEngine.execute = lambda self, figure: None
 ROOT = Path(__file__).parent.parent
 TINY = "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 16 --learning_rate 3e-3".split()
 NOTES = ["C4", "D4", "E4", "F4", "G4"]
@@ -46,20 +51,24 @@ def pytest_configure(config):
         listening.listen()
         command = [sys.executable, Path(__file__).with_name("forks.py"), str(listening.fileno())]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listening.fileno()])
-    config.add_cleanup(lambda: (process.stdin.close(), process.wait()))
+    def end():
+        process.stdin.close()
+        process.wait()
+    config.add_cleanup(end)
 
 
 def pytest_collection_modifyitems(items):
     "Long ones first, so that no worker is left with one at the end."
     long = ("tests/test_site.py", "tests/test_jupyter.py", "tests/test_project.py::test_page_runs")
-    items.sort(key=lambda item: next((k for k, start in enumerate(long) if item.nodeid.startswith(start)), len(long)))
+    def rank(item): return next((k for k, start in enumerate(long) if item.nodeid.startswith(start)), len(long))
+    items.sort(key=rank)
 
 
 frozen = set()
 
 
 def pytest_runtest_setup():
-    "What has been imported is no garbage: nobody needs to look through it again, as each training would."
+    "What has been imported is no garbage: without this, each training would look through all of it."
     if len(sys.modules) < len(frozen) + 50: return
     gc.collect()
     gc.freeze()
@@ -74,19 +83,21 @@ def forks():
         with connection.makefile("rw") as lines:
             def ask(*argv, cwd, **job):
                 print(json.dumps({"argv": [*map(str, argv)], "cwd": str(cwd), **job}), file=lines, flush=True)
-                if not (answer := lines.readline()): raise EOFError("tests/forks.py has ended: see the start of the output.")
+                answer = lines.readline()
+                if not answer: raise EOFError("tests/forks.py has ended: see the start of the output.")
                 return json.loads(answer)
             yield ask
 
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory, worker_id):
-    "`once(make)`: a copy of the folder that `make(folder)` fills, the first time that one of the workers asks for it."
+    "`once(make)`: a copy of the folder that `make(folder)` fills when the first worker asks for it."
     own = tmp_path_factory.getbasetemp()
     shared = own if worker_id == "master" else own.parent # of all workers
     def once(make):
         name = make.__name__
-        folder, done = shared/f"once_{name}", shared/f"once_{name}.done"
+        folder = shared/f"once_{name}"
+        done = shared/f"once_{name}.done"
         with FileLock(shared/f"once_{name}.lock"):
             if not done.exists():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -101,16 +112,18 @@ def once(tmp_path_factory, worker_id):
 def melodies():
     "200 melodies: up or down the scale from a random note, labelled."
     rng = np.random.default_rng(0)
-    starts, ups = rng.integers(5, size=200), rng.integers(2, size=200)
-    walk = lambda start, up, n: [NOTES[(start + (k if up else -k)) % 5] for k in range(n)]
-    return [(walk(s, u, int(rng.integers(3, 12))), int(u)) for s, u in zip(starts, ups)]
+    starts = rng.integers(5, size=200)
+    ups = rng.integers(2, size=200)
+    def walk(start, step): return [NOTES[(start + step*k) % 5] for k in range(int(rng.integers(3, 12)))]
+    return [(walk(start, 1 if up else -1), int(up)) for start, up in zip(starts, ups)]
 
 
 def write_lines(folder, lines, vocab=VOCAB):
     "A corpus of given lines; bytes are written as they are."
     folder.mkdir(parents=True, exist_ok=True)
     (folder/"vocab.json").write_text(json.dumps(vocab))
-    (folder/"data.jsonl").write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines) + b"\n")
+    written = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    (folder/"data.jsonl").write_bytes(b"\n".join(written) + b"\n")
     return folder/"data.jsonl"
 
 
@@ -120,21 +133,24 @@ def write_named(folder, melodies):
 
 
 def seqgpt(*args, cwd, input="", bare=False, drawn=True):
-    "Runs the command in `cwd`, in this process: starting a new one costs seconds. See `left_out` for `bare` and `drawn`."
+    "Runs the command in this process, since a new one takes seconds. `bare`, `drawn`: see `left_out`."
     from seqgpt.cli import main
-    with contextlib.chdir(cwd), left_out(bare, drawn), redirect(io.StringIO(input)) as (out, err): code = main([str(a) for a in args])
+    with contextlib.chdir(cwd), left_out(bare, drawn), redirect(io.StringIO(input)) as (out, err):
+        code = main([str(a) for a in args])
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 @contextlib.contextmanager
 def left_out(bare, drawn):
-    """Leaves out what takes ten times as long as a few steps of a tiny model: all that follows a training, and the curves,
-    if `bare`; pictures, which are blank then, unless `drawn`."""
-    from seqgpt.commands import measures
+    """Leaves out what takes ten times as long as a few steps of a tiny model.
+
+    `bare`: without the curves and everything after a training. Not `drawn`: the pictures are blank."""
+    from seqgpt.cli import measures
+    def blank(task): return measures(task)[0], lambda evaluation: matplotlib.figure.Figure()
     with contextlib.ExitStack() as stack:
-        if bare: stack.enter_context(patch("seqgpt.commands.show_run"))
-        if bare or not drawn: stack.enter_context(patch("seqgpt.plots.save_curves"))
-        if not drawn: stack.enter_context(patch("seqgpt.commands.measures", lambda task: (measures(task)[0], lambda evaluation: matplotlib.figure.Figure())))
+        if bare: stack.enter_context(patch("seqgpt.cli.show_run"))
+        if bare or not drawn: stack.enter_context(patch("seqgpt.training.save_curves"))
+        if not drawn: stack.enter_context(patch("seqgpt.cli.measures", blank))
         yield
 
 
@@ -150,7 +166,8 @@ def redirect(stdin):
 def installed(*args, cwd):
     "Runs the installed command in `cwd`, with its progress bars."
     env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
-    return subprocess.run(["seqgpt", *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    command = ["seqgpt", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def refused(result, *words):
@@ -162,10 +179,11 @@ def refused(result, *words):
 
 
 def write_runs(folder, lines):
-    "A language model (in outputs) and a classifier (in c), of two steps, with their data, and without what else a run leaves behind."
+    "A language model (outputs) and a classifier (c) of two steps with their data, no checkpoints and logs."
     write_lines(folder, lines)
     for task, out in (("clm", "outputs"), ("classification", "c")):
-        result = seqgpt("train", "--task", task, "--data_path", "data.jsonl", "--output_dir", out, "--max_length", 16, "--max_steps", 2, *TINY, cwd=folder, bare=True)
+        result = seqgpt("train", "--task", task, "--data_path", "data.jsonl", "--output_dir", out,
+                        "--max_length", 16, "--max_steps", 2, *TINY, cwd=folder, bare=True)
         assert result.returncode == 0, result.stderr
         for part in ("checkpoints", "runs", "final_model"): shutil.rmtree(folder/out/part)
     return folder
@@ -176,7 +194,8 @@ def trained(melodies, once):
     "The folder of a finished run on the melodies, with the output of the command."
     def trained(folder):
         write_lines(folder, [{"tokens": t, "label": l} for t, l in melodies])
-        result = installed("train", "--data_path", "data.jsonl", "--num_epochs", 2, "--max_length", 16, *TINY, cwd=folder)
+        flags = ["--data_path", "data.jsonl", "--num_epochs", 2, "--max_length", 16, *TINY]
+        result = installed("train", *flags, cwd=folder)
         assert result.returncode == 0, result.stderr
         (folder/"printed.txt").write_text(result.stdout)
         (folder/"bars.txt").write_text(result.stderr)
@@ -188,9 +207,13 @@ def classifier(melodies, once):
     "The folder of a language model of the melodies, and of a classifier made from it."
     def classifier(folder):
         write_named(folder, melodies)
-        assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--num_epochs", 4, "--max_length", 16, *TINY, cwd=folder, bare=True).returncode == 0
-        result = seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c", "--num_epochs", 60, "--eval_steps", 100, "--learning_rate", 1e-2, "--batch_size", 16,
-                        "--precision", "fp32", "--model.resid_pdrop", 0, "--model.embd_pdrop", 0, "--model.attn_pdrop", 0, cwd=folder)
+        flags = ["--data_path", "data.jsonl", "--output_dir", "lm", "--num_epochs", 4, "--max_length", 16]
+        assert seqgpt("train", *flags, *TINY, cwd=folder, bare=True).returncode == 0
+        flags = ["--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c",
+                 "--num_epochs", 60, "--eval_steps", 100, "--learning_rate", 1e-2, "--batch_size", 16,
+                 "--precision", "fp32"]
+        no_dropout = ["--model.resid_pdrop", 0, "--model.embd_pdrop", 0, "--model.attn_pdrop", 0]
+        result = seqgpt("train", *flags, *no_dropout, cwd=folder)
         assert result.returncode == 0, result.stderr
         (folder/"printed.txt").write_text(result.stdout)
     return once(classifier)

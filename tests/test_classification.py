@@ -16,10 +16,9 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from seqgpt.checks import InputError
 from seqgpt.classification import predict
 from seqgpt.model import make_config, new_model
-from seqgpt.tokenizer import make_tokenizer, save_tokenizer
+from seqgpt.tokenizer import InputError, make_tokenizer, save_tokenizer
 
 TRAIN = ["train", "--task", "classification", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
 
@@ -33,52 +32,84 @@ def named(melodies, tmp_path):
 @pytest.fixture(scope="session")
 def held_out(classifier):
     "Texts and labels of the validation set."
-    rows = [json.loads(line) for line in open(classifier/"data.jsonl")]
-    rows = [rows[k] for k in json.loads((classifier/"c/split.json").read_text())["validation"]]
+    rows = read_lines(classifier/"data.jsonl")
+    rows = [rows[k] for k in read_json(classifier/"c/split.json")["validation"]]
     return [" ".join(r["tokens"]) for r in rows], np.array([NAMES.index(r["label"]) for r in rows])
 
 
 @pytest.fixture(scope="session")
 def plain(classifier):
-    return AutoModelForSequenceClassification.from_pretrained(classifier/"c/best_model").eval(), AutoTokenizer.from_pretrained(classifier/"c/best_model")
+    "The model and the tokenizer in plain Transformers."
+    folder = classifier/"c/best_model"
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def read_json(path): return json.loads(path.read_text())
+def read_lines(path): return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def fine_tune(*args, cwd):
+    "Trains a classifier from the language model in lm."
+    command = ["train", "--task", "classification", "--init_from", "lm/best_model", *args]
+    return seqgpt(*command, cwd=cwd, bare=True)
+
+
+def classify(*args, model="c/best_model", cwd):
+    return seqgpt("infer", "--model_path", model, "--mode", "classify", *args, cwd=cwd)
 
 
 # --- what a finished run leaves behind
 
 def test_outputs_are_complete(classifier):
-    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "config.yaml", "metrics.json", "README.md"}
-    assert model <= {p.name for p in (classifier/"c/best_model").iterdir()} and model == {p.name for p in (classifier/"c/final_model").iterdir()}
-    for name in ("training_curves.png", "best_model/evaluation/metrics.json", "best_model/evaluation/evaluation.png"): assert (classifier/"c"/name).stat().st_size > 0
-    config = json.loads((classifier/"c/best_model/config.json").read_text())
-    assert config["id2label"] == {"0": "down $", "1": "up"} and config["label2id"] == {"down $": 0, "up": 1} and config["architectures"] == ["GPT2ForSequenceClassification"]
-    assert {"loss", "accuracy", "macro_f1"} <= json.loads((classifier/"c/best_model/metrics.json").read_text()).keys()
-    card = (classifier/"c/best_model/README.md").read_text()
+    run = classifier/"c"
+    model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "vocab.json", "merges.txt", "config.yaml", "metrics.json", "README.md"}
+    assert model <= {p.name for p in (run/"best_model").iterdir()}
+    assert model == {p.name for p in (run/"final_model").iterdir()}
+    measured = ("best_model/evaluation/metrics.json", "best_model/evaluation/evaluation.png")
+    for name in ("training_curves.png", *measured): assert (run/name).stat().st_size > 0
+    config = read_json(run/"best_model/config.json")
+    assert config["id2label"] == {"0": "down $", "1": "up"} and config["label2id"] == {"down $": 0, "up": 1}
+    assert config["architectures"] == ["GPT2ForSequenceClassification"]
+    assert {"loss", "accuracy", "macro_f1"} <= read_json(run/"best_model/metrics.json").keys()
+    card = (run/"best_model/README.md").read_text()
     assert "text-classification" in card and "2 classes" in card and "lm/best_model" in card
     printed = (classifier/"printed.txt").read_text()
     assert "macro F1" in printed and "best so far" in printed and "k nearest neighbours" in printed
 
 
 def test_metrics_are_those_of_scikit_learn_on_the_logits_of_transformers(classifier, held_out, plain):
-    metrics, (texts, truth), (model, _) = json.loads((classifier/"c/best_model/evaluation/metrics.json").read_text()), held_out, plain
+    metrics = read_json(classifier/"c/best_model/evaluation/metrics.json")
+    texts, truth = held_out
+    model, _ = plain
     ids = [[1, *(VOCAB[s] for s in t.split()), 2] for t in texts]
     with torch.no_grad(): logits = np.concatenate([model(torch.tensor([i])).logits.numpy() for i in ids])
-    guess, p = logits.argmax(1), softmax(logits.astype(float), axis=1)
+    guess = logits.argmax(1)
+    p = softmax(logits.astype(float), axis=1)
     assert metrics["sequences"] == len(truth) == 40 and metrics["accuracy"] > 0.8
-    assert metrics["accuracy"] == accuracy_score(truth, guess) and np.isclose(metrics["macro_f1"], f1_score(truth, guess, average="macro"))
-    assert np.isclose(metrics["loss"], log_loss(truth, p), rtol=1e-4) and metrics["confusion"] == confusion_matrix(truth, guess).tolist()
-    for k, name in enumerate(NAMES): assert np.isclose(metrics["per_class"][name]["f1"], f1_score(truth == k, guess == k))
-    assert metrics["accuracy_interval"][0] <= metrics["accuracy"] <= metrics["accuracy_interval"][1]
-    assert {"most frequent class", "logistic regression", "SVM", "k nearest neighbours"} == metrics["baselines"].keys()
-    saved = json.loads((classifier/"c/best_model/metrics.json").read_text())
-    assert saved["accuracy"] == metrics["accuracy"] and np.isclose(saved["loss"], metrics["loss"], rtol=0.05) # trained in 16 bits, perhaps
+    assert metrics["accuracy"] == accuracy_score(truth, guess)
+    assert np.isclose(metrics["macro_f1"], f1_score(truth, guess, average="macro"))
+    assert np.isclose(metrics["loss"], log_loss(truth, p), rtol=1e-4)
+    assert metrics["confusion"] == confusion_matrix(truth, guess).tolist()
+    for k, name in enumerate(NAMES):
+        assert np.isclose(metrics["per_class"][name]["f1"], f1_score(truth == k, guess == k))
+    low, high = metrics["accuracy_interval"]
+    assert low <= metrics["accuracy"] <= high
+    baselines = {"most frequent class", "logistic regression", "SVM", "k nearest neighbours"}
+    assert baselines == metrics["baselines"].keys()
+    saved = read_json(classifier/"c/best_model/metrics.json")
+    assert saved["accuracy"] == metrics["accuracy"]
+    assert np.isclose(saved["loss"], metrics["loss"], rtol=0.05) # trained in 16 bits, perhaps
 
 
 def test_pipeline_takes_plain_text_and_any_batch(classifier, held_out, plain):
-    texts, pipe = held_out[0], pipeline("text-classification", str(classifier/"c/best_model"))
-    locked = [pipe(t)[0] for t in texts]
+    texts = held_out[0]
+    pipe = pipeline("text-classification", str(classifier/"c/best_model"))
+    alone = [pipe(t)[0] for t in texts]
     together = pipe(texts, batch_size=8)
     framed = [pipe(f"<bos> {t} <eos>")[0] for t in texts]
-    for one, other, third in zip(locked, together, framed):
+    for one, other, third in zip(alone, together, framed):
         assert one["label"] == other["label"] == third["label"] and one["label"] in NAMES
         assert abs(one["score"] - other["score"]) < 1e-5 and one["score"] == third["score"]
     assert pipe(" ".join(["C4"]*40), truncation=True)[0]["label"] in NAMES
@@ -90,27 +121,34 @@ def test_any_padding_gives_the_same_logits(plain, held_out):
     from seqgpt.classification import class_logits
     model, tokenizer = plain
     texts = held_out[0]
-    locked = torch.cat([model(**tokenizer(t, return_tensors="pt")).logits for t in texts]).detach()
-    for side in ("left", "right"): assert torch.allclose(class_logits(model, tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")), locked, atol=1e-5), side
-    for size in (1, 7, 100): assert np.allclose(predict(model, tokenizer, tokenizer(texts)["input_ids"], size), locked, atol=1e-5)
+    alone = torch.cat([model(**tokenizer(t, return_tensors="pt")).logits for t in texts]).detach()
+    for side in ("left", "right"):
+        padded = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
+        assert torch.allclose(class_logits(model, padded), alone, atol=1e-5), side
+    ids = tokenizer(texts)["input_ids"]
+    for size in (1, 7, 100): assert np.allclose(predict(model, tokenizer, ids, size), alone, atol=1e-5)
 
 
 # --- infer and evaluate
 
 def test_infer_prints_what_the_pipeline_says(classifier, held_out, tmp_path):
     pipe = pipeline("text-classification", str(classifier/"c/best_model"), top_k=None)
-    ask = lambda *args: seqgpt("infer", "--model_path", "c/best_model", "--mode", "classify", *args, cwd=classifier)
+    def ask(*args): return classify(*args, cwd=classifier)
     expected = "\t".join(f"{a['label']} {a['score']:.2%}" for a in pipe(["C4 D4 E4"])[0])
     assert ask("--prompt", "C4 D4 E4").stdout == ask("--prompt", "<bos> C4 D4 E4 <eos>").stdout == expected + "\n"
     result = ask("--num_prompts", 3, "--top", 1, "--out_dir", tmp_path/"p")
-    assert [line.split("\t")[0].rsplit(" ", 1)[0] for line in result.stdout.splitlines()] == [answer[0]["label"] for answer in pipe(held_out[0][:3])], result.stderr
-    rows = [json.loads(line) for line in (tmp_path/"p/predictions.jsonl").read_text().splitlines()]
+    names = [line.split("\t")[0].rsplit(" ", 1)[0] for line in result.stdout.splitlines()]
+    assert names == [answer[0]["label"] for answer in pipe(held_out[0][:3])], result.stderr
+    rows = read_lines(tmp_path/"p/predictions.jsonl")
     assert [" ".join(r["tokens"]) for r in rows] == held_out[0][:3]
-    for r in rows: assert np.isclose(sum(r["probabilities"].values()), 1) and r["prediction"] == next(iter(r["probabilities"]))
+    for r in rows:
+        assert np.isclose(sum(r["probabilities"].values()), 1)
+        assert r["prediction"] == next(iter(r["probabilities"]))
     assert [r["label"] for r in rows] == [NAMES[k] for k in held_out[1][:3]] # the truth
-    whole = ask("--prompt_file", "data.jsonl")
-    assert len(whole.stdout.splitlines()) == 200
-    assert ask("--prompt_file", "data.jsonl", "--prompt_share", 0.5, "--num_prompts", 200).stdout != whole.stdout
+    of_all = ask("--prompt_file", "data.jsonl")
+    assert len(of_all.stdout.splitlines()) == 200
+    of_halves = ask("--prompt_file", "data.jsonl", "--prompt_share", 0.5, "--num_prompts", 200)
+    assert of_halves.stdout != of_all.stdout
     refused(ask("--num_prompts", 3, "--out_dir", tmp_path/"p"), "predictions.jsonl: is there already")
     refused(ask(), "Nothing to classify", "--prompt")
     refused(ask("--prompt", "C4 H4"), "'H4'")
@@ -119,19 +157,28 @@ def test_infer_prints_what_the_pipeline_says(classifier, held_out, tmp_path):
 
 
 def test_a_language_model_is_no_classifier_and_the_other_way_round(classifier):
-    refused(seqgpt("infer", "--model_path", "lm/best_model", "--mode", "classify", "--prompt", "C4", cwd=classifier), "holds a language model", "--init_from lm/best_model")
-    for mode in ("interactive", "generate"): refused(seqgpt("infer", "--model_path", "c/best_model", "--mode", mode, cwd=classifier), "holds a classifier", "--mode classify")
+    result = classify("--prompt", "C4", model="lm/best_model", cwd=classifier)
+    refused(result, "holds a language model", "--init_from lm/best_model")
+    for mode in ("interactive", "generate"):
+        result = seqgpt("infer", "--model_path", "c/best_model", "--mode", mode, cwd=classifier)
+        refused(result, "holds a classifier", "--mode classify")
 
 
 def test_evaluate_other_data(classifier, tmp_path):
-    ask = lambda *args: seqgpt("evaluate", "--model_path", classifier/"c/best_model", "--data_path", "data.jsonl", "--out_dir", "e", *args, cwd=tmp_path, drawn=False)
-    write_lines(tmp_path, [{"tokens": NOTES, "label": "up"}, {"tokens": NOTES[::-1], "label": "down"}, {"tokens": NOTES}, {"tokens": ["H4"], "label": "up"}, {"tokens": NOTES[::-1], "label": "down $"}])
+    model = classifier/"c/best_model"
+    def ask(*args):
+        command = ["evaluate", "--model_path", model, "--data_path", "data.jsonl", "--out_dir", "e", *args]
+        return seqgpt(*command, cwd=tmp_path, drawn=False)
+    write_lines(tmp_path, [
+        {"tokens": NOTES, "label": "up"}, {"tokens": NOTES[::-1], "label": "down"}, {"tokens": NOTES},
+        {"tokens": ["H4"], "label": "up"}, {"tokens": NOTES[::-1], "label": "down $"}])
     refused(ask(), "3 of 5 lines", "unknown label: 1, at line 2 ('down')", "label missing: 1, at line 3", "Mend them.")
     result = ask("--skip_bad_lines")
     assert result.returncode == 0, result.stderr
-    metrics = json.loads((tmp_path/"e/metrics.json").read_text())
-    said = [p["label"] for p in pipeline("text-classification", str(classifier/"c/best_model"))([" ".join(NOTES), " ".join(NOTES[::-1])])]
-    assert metrics["sequences"] == 2 and metrics["accuracy"] == np.mean([said[0] == "up", said[1] == "down $"])
+    metrics = read_json(tmp_path/"e/metrics.json")
+    answers = pipeline("text-classification", str(model))([" ".join(NOTES), " ".join(NOTES[::-1])])
+    right = [answers[0]["label"] == "up", answers[1]["label"] == "down $"]
+    assert metrics["sequences"] == 2 and metrics["accuracy"] == np.mean(right)
     refused(ask("--skip_bad_lines"), "is there already")
     write_lines(tmp_path, [{"tokens": NOTES, "label": "up"}])
     assert ask("--out_dir", "one").returncode == 0 # no interval, no test, no crash
@@ -143,22 +190,26 @@ def test_evaluate_without_the_training_data(classifier, tmp_path):
     write_lines(tmp_path, [{"tokens": NOTES, "label": "up"}, {"tokens": NOTES[::-1], "label": "down $"}])
     (tmp_path/"data.jsonl").rename(tmp_path/"other.jsonl")
     refused(seqgpt("evaluate", "--model_path", "m", cwd=tmp_path), "data.jsonl", "--data_path")
-    result = seqgpt("evaluate", "--model_path", "m", "--data_path", "other.jsonl", cwd=tmp_path, drawn=False)
+    command = ["evaluate", "--model_path", "m", "--data_path", "other.jsonl"]
+    result = seqgpt(*command, cwd=tmp_path, drawn=False)
     assert result.returncode == 0 and "SVM" not in result.stdout and "this model" in result.stdout, result.stderr
 
 
 def test_evaluate_says_what_was_trained_on(classifier, tmp_path):
-    lines = open(classifier/"data.jsonl").read().splitlines()
-    learned = {lines[k] for k in json.loads((classifier/"c/split.json").read_text())["train"]}
-    result = seqgpt("evaluate", "--model_path", "c/best_model", "--data_path", "data.jsonl", "--out_dir", tmp_path/"e", cwd=classifier, drawn=False)
-    assert f"{sum(line in learned for line in lines)} of them stand in the training set" in result.stdout, result.stderr
+    lines = (classifier/"data.jsonl").read_text().splitlines()
+    learned = {lines[k] for k in read_json(classifier/"c/split.json")["train"]}
+    command = ["evaluate", "--model_path", "c/best_model", "--data_path", "data.jsonl", "--out_dir", tmp_path/"e"]
+    result = seqgpt(*command, cwd=classifier, drawn=False)
+    known = sum(line in learned for line in lines)
+    assert f"{known} of them stand in the training set" in result.stdout, result.stderr
 
 
 def test_interval_of_macro_f1_counts_a_rare_class_that_is_never_named():
     from seqgpt.classification import ClassEvaluation
     truth = np.array([0]*98 + [1]*2)
     found = ClassEvaluation(["common", "rare"], np.tile([1.0, 0.0], (100, 1)), truth).metrics
-    assert found["macro_f1"] == f1_score(truth, 0*truth, average="macro", zero_division=0) and found["macro_f1_interval"][1] <= 0.5
+    assert found["macro_f1"] == f1_score(truth, 0*truth, average="macro", zero_division=0)
+    assert found["macro_f1_interval"][1] <= 0.5
 
 
 # --- labels
@@ -167,13 +218,18 @@ def test_missing_labels_are_refused_with_their_lines(melodies, tmp_path):
     rows = [{"tokens": t, "label": l} for t, l in melodies]
     for k in (3, 7): del rows[k]["label"]
     write_lines(tmp_path, [*rows, {"tokens": ["C4"], "label": 0.5}])
-    refused(seqgpt(*TRAIN, cwd=tmp_path), "3 of 201 lines", "label missing: 2, at line 4, line 8", "label is not a whole number or a name: 1, at line 201 (0.5)")
+    missing = "label missing: 2, at line 4, line 8"
+    wrong = "label is not a whole number or a name: 1, at line 201 (0.5)"
+    refused(seqgpt(*TRAIN, cwd=tmp_path), "3 of 201 lines", missing, wrong)
     write_lines(tmp_path/"none", [{"tokens": t} for t, _ in melodies])
-    refused(seqgpt("train", "--task", "classification", "--data_path", "none", cwd=tmp_path), "label missing: 200, at line 1, line 2, line 3 and more", '"label": "name"')
+    result = seqgpt("train", "--task", "classification", "--data_path", "none", cwd=tmp_path)
+    refused(result, "label missing: 200, at line 1, line 2, line 3 and more", '"label": "name"')
     assert not (tmp_path/"outputs").exists()
     result = seqgpt(*TRAIN, "--max_steps", 2, "--skip_bad_lines", cwd=tmp_path, bare=True)
     assert result.returncode == 0 and "3 bad lines left out" in result.stdout
-    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--max_steps", 1, "--max_length", 16, "--skip_bad_lines", *TINY, cwd=tmp_path, bare=True).returncode == 0 # no labels needed
+    flags = ["--data_path", "data.jsonl", "--output_dir", "lm", "--max_steps", 1, "--max_length", 16, *TINY]
+    result = seqgpt("train", *flags, "--skip_bad_lines", cwd=tmp_path, bare=True) # no labels needed
+    assert result.returncode == 0
 
 
 def test_labels_that_cannot_be_told_apart_or_are_new(melodies, tmp_path):
@@ -188,34 +244,38 @@ def test_labels_that_cannot_be_told_apart_or_are_new(melodies, tmp_path):
 def test_many_classes_of_every_size(tmp_path):
     rng = np.random.default_rng(0)
     names = [f"class {k} of a long name $x_{k}$" for k in range(60)]
-    rows = [{"tokens": [NOTES[k // 25], NOTES[k // 5 % 5], NOTES[k % 5]], "label": names[k]} for k in np.append(rng.integers(50, size=400), np.arange(60))] # ten of them stand once
-    write_lines(tmp_path, rows)
+    classes = np.append(rng.integers(50, size=400), np.arange(60)) # ten of them appear once
+    def notes(k): return [NOTES[k // 25], NOTES[k // 5 % 5], NOTES[k % 5]]
+    write_lines(tmp_path, [{"tokens": notes(k), "label": names[k]} for k in classes])
     result = seqgpt(*TRAIN, "--max_steps", 20, "--class_weights", "balanced", cwd=tmp_path)
     assert result.returncode == 0 and "the 30 lowest of 60" in result.stdout, result.stderr
     assert "of 60 classes have no sequence to be measured on" in result.stdout and "Warning" not in result.stderr
-    assert list(json.loads((tmp_path/"outputs/best_model/config.json").read_text())["id2label"].values()) == sorted(names)
+    labels = read_json(tmp_path/"outputs/best_model/config.json")["id2label"]
+    assert list(labels.values()) == sorted(names)
 
 
 def test_labels_that_are_numbers_are_in_their_order(melodies, tmp_path):
     write_lines(tmp_path, [{"tokens": t, "label": [10, "9"][l]} for t, l in melodies])
     assert seqgpt(*TRAIN, "--max_steps", 2, cwd=tmp_path, bare=True).returncode == 0
-    assert json.loads((tmp_path/"outputs/best_model/config.json").read_text())["id2label"] == {"0": "9", "1": "10"}
+    assert read_json(tmp_path/"outputs/best_model/config.json")["id2label"] == {"0": "9", "1": "10"}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_predictions_keep_the_other_fields_of_a_line(kind, classifier, held_out, tmp_path):
-    texts, when = held_out[0][:5], datetime.date(2026, 11, 30)
+    texts = held_out[0][:5]
+    when = datetime.date(2026, 11, 30)
     fields = {"label": "up", "seen": {"at": [1, None]}, "day": str(when)}
     lines = [{"id": f"s{k}", "text": t, **fields} for k, t in enumerate(texts)]
     if kind == "jsonl": write_lines(tmp_path, lines)
     else: pq.write_table(pa.Table.from_pylist([line | {"day": when} for line in lines]), tmp_path/"data.parquet")
-    command = ["infer", "--model_path", classifier/"c/best_model", "--mode", "classify", "--prompt_file"]
-    ask = lambda file, *args: seqgpt(*command, file, *args, cwd=tmp_path)
+    model = classifier/"c/best_model"
+    def ask(file, *args): return classify("--prompt_file", file, *args, model=model, cwd=tmp_path)
     assert ask(f"data.{kind}", "--out_dir", "p").returncode == 0
-    rows = [json.loads(line) for line in open(tmp_path/"p/predictions.jsonl")]
-    guesses = [answer["label"] for answer in pipeline("text-classification", str(classifier/"c/best_model"))(texts)]
-    assert [{k: v for k, v in r.items() if k != "probabilities"} for r in rows] == [
-        {"id": f"s{k}", **fields, "tokens": t.split(), "prediction": g} for k, (t, g) in enumerate(zip(texts, guesses))]
+    rows = read_lines(tmp_path/"p/predictions.jsonl")
+    guesses = [answer["label"] for answer in pipeline("text-classification", str(model))(texts)]
+    wanted = [{"id": f"s{k}", **fields, "tokens": text.split(), "prediction": guess}
+              for k, (text, guess) in enumerate(zip(texts, guesses))]
+    assert [{k: v for k, v in r.items() if k != "probabilities"} for r in rows] == wanted
     refused(ask("p/predictions.jsonl", "--out_dir", "q"), "'prediction' of its own", "Rename it")
     assert not (tmp_path/"q").exists() and ask("p/predictions.jsonl").returncode == 0
 
@@ -224,37 +284,51 @@ def test_one_bad_line_does_not_stop_the_others(classifier, held_out, tmp_path):
     good = [{"id": k, "text": t} for k, t in enumerate(held_out[0][:3])]
     bad = [{"id": 7, "text": "C4 c4"}, {"id": 8, "tokens": ["C4"]*15}, {"id": 9, "tokens": ["C4", "<eos>", "D4"]}]
     write_lines(tmp_path, [good[0], *bad, b"{", *good[1:]])
-    command = ["infer", "--model_path", classifier/"c/best_model", "--mode", "classify", "--prompt_file", "data.jsonl"]
-    ask = lambda *args: seqgpt(*command, "--out_dir", "p", *args, cwd=tmp_path)
-    refused(ask(), "4 of 7 lines", "unknown token: 1, at line 2 ('c4': the vocabulary has 'C4')", "longer than the 16 positions of the model: 1, at line 3",
+    def ask(*args):
+        flags = ["--prompt_file", "data.jsonl", "--out_dir", "p", *args]
+        return classify(*flags, model=classifier/"c/best_model", cwd=tmp_path)
+    refused(ask(), "4 of 7 lines", "unknown token: 1, at line 2 ('c4': the vocabulary has 'C4')",
+            "longer than the 16 positions of the model: 1, at line 3",
             "special token inside a sequence: 1, at line 4", "malformed JSON: 1, at line 5", "Mend them.")
     assert not (tmp_path/"p").exists()
     result = ask("--skip_bad_lines")
-    assert result.returncode == 0 and len(result.stdout.splitlines()) == 3 and "4 bad lines left out (" in result.stderr
-    assert [json.loads(line)["id"] for line in open(tmp_path/"p/predictions.jsonl")] == [0, 1, 2]
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 3
+    assert "4 bad lines left out (" in result.stderr
+    assert [row["id"] for row in read_lines(tmp_path/"p/predictions.jsonl")] == [0, 1, 2]
 
 
 def test_the_length_of_the_model_rules_whatever_is_read(tmp_path):
     "What tells the classes apart comes last, further on than any default of a reader."
-    write_lines(tmp_path, [{"tokens": ["C4"]*1040 + ["DE"[k % 2] + "4"]*60, "label": "de"[k % 2]} for k in range(6)])
+    ends = [("D4", "d"), ("E4", "e")]*3
+    write_lines(tmp_path, [{"tokens": ["C4"]*1040 + [note]*60, "label": label} for note, label in ends])
     config = make_config(make_tokenizer(VOCAB), 1200, 1, 2, 8, ["d", "e"], initializer_range=1)
     model = new_model(config, seed=0, task="classification").eval()
     save_tokenizer(make_tokenizer(VOCAB), tmp_path/"m")
     model.save_pretrained(tmp_path/"m")
     command = "infer --model_path m --mode classify --prompt_file data.jsonl --out_dir p"
     assert seqgpt(*command.split(), cwd=tmp_path).returncode == 0
-    rows = [json.loads(line) for line in open(tmp_path/"p/predictions.jsonl")]
-    with torch.no_grad():
-        p = [model(torch.tensor([[1, *(VOCAB[s] for s in r["tokens"]), 2]])).logits.softmax(1)[0, 0] for r in rows]
+    rows = read_lines(tmp_path/"p/predictions.jsonl")
+    inputs = [torch.tensor([[1, *(VOCAB[s] for s in r["tokens"]), 2]]) for r in rows]
+    with torch.no_grad(): p = [model(ids).logits.softmax(1)[0, 0] for ids in inputs]
     assert {len(r["tokens"]) for r in rows} == {1100} and abs(p[0] - p[1]) > 1e-4
     assert np.allclose([r["probabilities"]["d"] for r in rows], p, atol=1e-5)
 
 
+WRONG_SEQUENCES = [
+    (["C4", "C4 c4"], "Symbol 2 of sequence 2, 'c4', is not in the vocabulary"),
+    ([["C4"]*15], "Sequence 1 has 17 tokens"),
+    ([[1]*17], "16 positions"),
+    ("C4 D4", "Give a list of sequences"),
+    ([["C4", 5]], "holds 5"),
+]
+
+
 def test_sequences_to_predict_are_checked(plain):
-    model, tokenizer = plain[0], make_tokenizer(VOCAB)
-    assert np.allclose(predict(model, tokenizer, ["C4 D4", ["E4"]]), predict(model, tokenizer, [[1, 4, 5, 2], [1, 6, 2]]))
-    for sequences, says in ((["C4", "C4 c4"], "Symbol 2 of sequence 2, 'c4', is not in the vocabulary"),
-                            ([["C4"]*15], "Sequence 1 has 17 tokens"), ([[1]*17], "16 positions"), ("C4 D4", "Give a list of sequences"), ([["C4", 5]], "holds 5")):
+    model = plain[0]
+    tokenizer = make_tokenizer(VOCAB)
+    of_symbols = predict(model, tokenizer, ["C4 D4", ["E4"]])
+    assert np.allclose(of_symbols, predict(model, tokenizer, [[1, 4, 5, 2], [1, 6, 2]]))
+    for sequences, says in WRONG_SEQUENCES:
         with pytest.raises(InputError, match=re.escape(says)): predict(model, tokenizer, sequences)
 
 
@@ -262,99 +336,125 @@ def test_balanced_weights_turn_the_guess_to_the_rare_class(tmp_path):
     "Labels at random, nine to one: nothing can be learned but how frequent they are."
     rng = np.random.default_rng(0)
     write_lines(tmp_path, [{"tokens": rng.choice(NOTES, 4).tolist(), "label": int(k % 10 == 0)} for k in range(600)])
-    shares = {}
+    rare = {}
     for weights in ("none", "balanced"):
-        assert seqgpt(*TRAIN, "--num_epochs", 3, "--class_weights", weights, "--output_dir", weights, cwd=tmp_path, bare=True).returncode == 0
-        result = seqgpt("infer", "--model_path", f"{weights}/best_model", "--mode", "classify", "--num_prompts", 120, "--out_dir", f"p_{weights}", cwd=tmp_path)
+        flags = ["--num_epochs", 3, "--class_weights", weights, "--output_dir", weights]
+        assert seqgpt(*TRAIN, *flags, cwd=tmp_path, bare=True).returncode == 0
+        flags = ["--num_prompts", 120, "--out_dir", f"p_{weights}"]
+        result = classify(*flags, model=f"{weights}/best_model", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        shares[weights] = np.mean([json.loads(line)["probabilities"]["1"] for line in open(tmp_path/f"p_{weights}/predictions.jsonl")])
-    rows = [json.loads(line) for line in open(tmp_path/"p_none/predictions.jsonl")]
+        rows = read_lines(tmp_path/f"p_{weights}/predictions.jsonl")
+        rare[weights] = np.mean([row["probabilities"]["1"] for row in rows])
+    assert abs(rare["none"] - 0.1) < 0.05 and abs(rare["balanced"] - 0.5) < 0.15, rare
+    rows = read_lines(tmp_path/"p_none/predictions.jsonl")
     ids = [[VOCAB[s] for s in r["tokens"]] for r in rows]
     labels = (0, 1, 0.0, "0", []) # the answer can be compared, however the label is written
-    write_lines(tmp_path/"asked", [{"input_ids": i, "label": label, "id": k} for k, (i, label) in enumerate(zip(ids, labels))])
-    command = "infer --model_path none/best_model --mode classify --prompt_file asked/data.jsonl --out_dir p"
-    assert seqgpt(*command.split(), cwd=tmp_path).returncode == 0
-    again = [json.loads(line) for line in open(tmp_path/"p/predictions.jsonl")]
+    asked = [{"input_ids": i, "label": label, "id": k} for k, (i, label) in enumerate(zip(ids, labels))]
+    write_lines(tmp_path/"asked", asked)
+    flags = ["--prompt_file", "asked/data.jsonl", "--out_dir", "p"]
+    assert classify(*flags, model="none/best_model", cwd=tmp_path).returncode == 0
+    again = read_lines(tmp_path/"p/predictions.jsonl")
     answers = [*zip(range(5), labels, (0, 0, 0, "0", 0))]
     assert [(r["id"], r["label"], r["prediction"]) for r in again] == answers
-    assert abs(shares["none"] - 0.1) < 0.05 and abs(shares["balanced"] - 0.5) < 0.15, shares
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--task", "classify"], ["clm, classification"]), (["--class_weights", "balance"], ["none, balanced"]), (["--long", "split"], ["truncate or error"]),
-    (["--init_from", "nowhere"], ["nowhere", "outputs/best_model"]), (["--model.num_labels", "3"], ["num_labels"]), (["--model.id2label", "3"], ["id2label", "cannot be set"]),
+    (["--task", "classify"], ["clm, classification"]),
+    (["--class_weights", "balance"], ["none, balanced"]),
+    (["--long", "split"], ["truncate or error"]),
+    (["--init_from", "nowhere"], ["nowhere", "outputs/best_model"]),
+    (["--model.num_labels", "3"], ["num_labels"]),
+    (["--model.id2label", "3"], ["id2label", "cannot be set"]),
 ])
 def test_mistakes_are_refused_and_nothing_is_written(args, words, named):
     refused(seqgpt(*TRAIN, *args, cwd=named), *words)
-    refused(seqgpt("train", "--data_path", "data.jsonl", "--class_weights", "balanced", cwd=named), "--task classification")
+    result = seqgpt("train", "--data_path", "data.jsonl", "--class_weights", "balanced", cwd=named)
+    refused(result, "--task classification")
     assert not (named/"outputs").exists()
 
 
 # --- starting from a trained model
 
 def test_starts_from_the_body_the_data_and_the_split_of_the_language_model(classifier, tmp_path):
-    tune = lambda *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", tmp_path/"c", "--max_steps", 1, "--learning_rate", 1e-30, "--weight_decay", 0, *args, cwd=classifier, bare=True)
-    assert tune().returncode == 0
-    before, after = load_file(classifier/"lm/best_model/model.safetensors"), load_file(tmp_path/"c/final_model/model.safetensors")
+    no_change = ["--max_steps", 1, "--learning_rate", 1e-30, "--weight_decay", 0]
+    assert fine_tune("--output_dir", tmp_path/"c", *no_change, cwd=classifier).returncode == 0
+    before = load_file(classifier/"lm/best_model/model.safetensors")
+    after = load_file(tmp_path/"c/final_model/model.safetensors")
     body = [name for name in before if name.startswith("transformer.")]
-    assert body and set(after) == {*body, "score.weight"} and all(torch.equal(before[name], after[name]) for name in body)
-    assert json.loads((tmp_path/"c/split.json").read_text())["validation"] == json.loads((classifier/"lm/split.json").read_text())["validation"]
+    assert body and set(after) == {*body, "score.weight"}
+    assert all(torch.equal(before[name], after[name]) for name in body)
+    splits = [read_json(run/"split.json") for run in (tmp_path/"c", classifier/"lm")]
+    assert splits[0]["validation"] == splits[1]["validation"]
     saved = yaml.safe_load((tmp_path/"c/config.yaml").read_text())
-    assert (saved["n_layer"], saved["n_embd"], saved["max_length"], saved["data_path"]) == (1, 16, 16, "data.jsonl")
+    assert (saved["n_layer"], saved["n_embd"]) == (1, 16)
+    assert (saved["max_length"], saved["data_path"]) == (16, "data.jsonl")
 
 
 def test_contradictions_to_the_model_it_starts_from(classifier, tmp_path):
-    tune = lambda *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", tmp_path/"c", "--max_steps", 1, *args, cwd=classifier, bare=True)
+    def tune(*args): return fine_tune("--output_dir", tmp_path/"c", "--max_steps", 1, *args, cwd=classifier)
     refused(tune("--n_layer", 3), "n_layer is 3", "has 1", "--n_layer")
     refused(tune("--n_layer", 6), "n_layer is 6", "has 1") # the default, but named
     refused(tune("--output_dir", "lm", "--overwrite"), "holds the model to start from")
     refused(tune("--output_dir", "lm"), "holds an earlier run")
     assert not (tmp_path/"c").exists() and (classifier/"lm/best_model/config.json").exists()
     result = tune("--model.resid_pdrop", 0.3)
-    assert result.returncode == 0 and json.loads((tmp_path/"c/best_model/config.json").read_text())["resid_pdrop"] == 0.3
+    assert result.returncode == 0 and read_json(tmp_path/"c/best_model/config.json")["resid_pdrop"] == 0.3
 
 
 def test_says_which_validation_sequences_were_seen(tmp_path):
     rng = np.random.default_rng(0)
-    write_lines(tmp_path, [{"tokens": rng.choice(NOTES, 10).tolist(), "label": int(rng.integers(2))} for _ in range(200)])
-    assert seqgpt("train", "--data_path", "data.jsonl", "--output_dir", "lm", "--max_steps", 1, "--max_length", 16, *TINY, cwd=tmp_path, bare=True).returncode == 0
-    tune = lambda out, *args: seqgpt("train", "--task", "classification", "--init_from", "lm/best_model", "--output_dir", out, "--max_steps", 1, *args, cwd=tmp_path, bare=True).stdout
+    def draw(): return {"tokens": rng.choice(NOTES, 10).tolist(), "label": int(rng.integers(2))}
+    write_lines(tmp_path, [draw() for _ in range(200)])
+    flags = ["--data_path", "data.jsonl", "--output_dir", "lm", "--max_steps", 1, "--max_length", 16, *TINY]
+    assert seqgpt("train", *flags, cwd=tmp_path, bare=True).returncode == 0
+    def tune(out, *args): return fine_tune("--output_dir", out, "--max_steps", 1, *args, cwd=tmp_path).stdout
     assert "was trained on" not in tune("same")
-    said = re.search(r"was trained on (\d+) of the sequences to validate on.* --seed .* 42", tune("other", "--data_path", "data.jsonl", "--seed", 7))
-    splits = [json.loads((tmp_path/name/"split.json").read_text()) for name in ("lm", "other")]
+    printed = tune("other", "--data_path", "data.jsonl", "--seed", 7)
+    said = re.search(r"was trained on (\d+) of the sequences to validate on.* --seed .* 42", printed)
+    splits = [read_json(tmp_path/name/"split.json") for name in ("lm", "other")]
     assert int(said[1]) == len(set(splits[0]["train"]) & set(splits[1]["validation"])) > 0
     (tmp_path/"data.jsonl").rename(tmp_path/"moved.jsonl")
     assert "cannot be told" in tune("third", "--data_path", "moved.jsonl")
 
 
 def test_a_language_model_goes_on_from_a_language_model(classifier, tmp_path):
-    result = seqgpt("train", "--init_from", "lm/best_model", "--output_dir", tmp_path/"more", "--num_epochs", 2, "--learning_rate", 3e-3, cwd=classifier, bare=True)
+    flags = ["--init_from", "lm/best_model", "--output_dir", tmp_path/"more"]
+    result = seqgpt("train", *flags, "--num_epochs", 2, "--learning_rate", 3e-3, cwd=classifier, bare=True)
     assert result.returncode == 0, result.stderr
     first = float(re.search(r"^ *1\.00 +\d+ +[\d.]+ +([\d.]+)", result.stdout, re.M)[1])
-    assert first < 1.05*json.loads((classifier/"lm/best_model/metrics.json").read_text())["perplexity"] # a new model begins above it
+    before = read_json(classifier/"lm/best_model/metrics.json")["perplexity"]
+    assert first < 1.05*before # a new model begins above it
 
 
 def test_resumed_classifier_ends_with_the_same_weights(named):
-    args = [*TRAIN, "--precision", "fp32", "--eval_steps", 5, "--class_weights", "balanced"]
-    assert seqgpt(*args, "--max_steps", 20, "--output_dir", "through", cwd=named, bare=True).returncode == 0
+    args = [*TRAIN, "--precision", "fp32", "--eval_steps", 5, "--class_weights", "balanced", "--max_steps", 20]
+    assert seqgpt(*args, "--output_dir", "through", cwd=named, bare=True).returncode == 0
     shutil.copytree(named/"through", named/"cut")
     for name in ("cut/final_model", "cut/checkpoints/checkpoint-20"): shutil.rmtree(named/name)
-    refused(seqgpt(*args, "--max_steps", 20, "--output_dir", "cut", "--resume", "--class_weights", "none", cwd=named), "class_weights (was balanced, is none)")
-    result = seqgpt(*args, "--max_steps", 20, "--output_dir", "cut", "--resume", cwd=named, bare=True)
-    assert result.returncode == 0 and "Going on from cut/checkpoints/checkpoint-" in result.stdout, result.stderr
-    assert (named/"cut/final_model/model.safetensors").read_bytes() == (named/"through/final_model/model.safetensors").read_bytes()
+    resume = [*args, "--output_dir", "cut", "--resume"]
+    refused(seqgpt(*resume, "--class_weights", "none", cwd=named), "class_weights (was balanced, is none)")
+    result = seqgpt(*resume, cwd=named, bare=True)
+    assert result.returncode == 0, result.stderr
+    assert "Going on from cut/checkpoints/checkpoint-" in result.stdout
+    weights = [(named/run/"final_model/model.safetensors").read_bytes() for run in ("cut", "through")]
+    assert weights[0] == weights[1]
 
 
 # --- the best possible
 
 def test_markov_classes_come_near_the_best_possible(tmp_path):
-    sizes = "--symbols 6 --classes 2 --branching 3 --difference 1 --concentration 1 --min_length 16 --max_length 20".split()
-    corpus = seqgpt("corpus", "markov", "--out_dir", "m", "--num_sequences", 2000, *sizes, cwd=tmp_path)
-    seqgpt("corpus", "markov", "--out_dir", "new", "--num_sequences", 600, "--draw_seed", 1, *sizes, cwd=tmp_path)
-    result = seqgpt("train", "--task", "classification", "--data_path", "m", "--validation_path", "new", "--max_length", 20, "--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--batch_size", 32,
-                    "--num_epochs", 4, "--learning_rate", 5e-3, "--warmup_steps", 0.1, "--model.resid_pdrop", 0, "--model.embd_pdrop", 0, "--model.attn_pdrop", 0, cwd=tmp_path, drawn=False)
+    sizes = """--symbols 6 --classes 2 --branching 3 --difference 1 --concentration 1
+               --min_length 16 --max_length 20""".split()
+    def corpus(out, *args): return seqgpt("corpus", "markov", "--out_dir", out, *args, *sizes, cwd=tmp_path)
+    assert corpus("m", "--num_sequences", 2000).returncode == 0
+    corpus("new", "--num_sequences", 600, "--draw_seed", 1)
+    flags = ["--data_path", "m", "--validation_path", "new", "--max_length", 20, "--n_layer", 2, "--n_head", 2,
+             "--n_embd", 32, "--batch_size", 32, "--num_epochs", 4, "--learning_rate", 5e-3, "--warmup_steps", 0.1]
+    no_dropout = ["--model.resid_pdrop", 0, "--model.embd_pdrop", 0, "--model.attn_pdrop", 0]
+    result = seqgpt("train", "--task", "classification", *flags, *no_dropout, cwd=tmp_path, drawn=False)
     assert result.returncode == 0, result.stderr
-    metrics = json.loads((tmp_path/"outputs/best_model/evaluation/metrics.json").read_text())
-    again = seqgpt("corpus", "markov", "--out_dir", "again", "--num_sequences", 600, "--draw_seed", 1, *sizes, cwd=tmp_path).stdout
-    assert f"accuracy {metrics['best_accuracy']:.2%}, from the whole sequence" in again and corpus.returncode == 0
-    assert metrics["best_accuracy"] > 0.9 and metrics["accuracy_below_best"] < 0.05 and "points below the best" in result.stdout
+    metrics = read_json(tmp_path/"outputs/best_model/evaluation/metrics.json")
+    again = corpus("again", "--num_sequences", 600, "--draw_seed", 1).stdout
+    assert f"accuracy {metrics['best_accuracy']:.2%}, from the whole sequence" in again
+    assert metrics["best_accuracy"] > 0.9 and metrics["accuracy_below_best"] < 0.05
+    assert "points below the best" in result.stdout
