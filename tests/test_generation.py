@@ -1,4 +1,4 @@
-"Generation against Transformers' own `generate`: the same tokens, greedy and with the same dice."
+"Generation against Transformers' own `generate`: the same tokens, greedy and with the same generator."
 import numpy as np
 import pytest
 import torch

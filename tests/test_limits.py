@@ -250,11 +250,11 @@ def test_sequences_cut_off_have_a_floor_too(markov):
     nats = tokens = 0
     for k in json.loads((out/"split.json").read_text())["validation"]:
         some = rows[k]["tokens"][:11]
-        whole = len(rows[k]["tokens"]) <= 10 # so that <eos> fits in, too
+        complete = len(rows[k]["tokens"]) <= 10 # so that <eos> fits in, too
         # of 19 lengths that are equally likely, those that this can become
-        lengths = 1 if whole else sum(n >= 11 for n in range(4, 23))
+        lengths = 1 if complete else sum(n >= 11 for n in range(4, 23))
         nats -= math.log(math.prod(by_the_rule(source, some, rows[k]["label"])) / 20 * lengths / 19)
-        tokens += len(some) + whole
+        tokens += len(some) + complete
     assert tokens == metrics["tokens"]
     assert metrics["floors"]["class told"]["perplexity"] == pytest.approx(math.exp(nats/tokens))
 

@@ -55,9 +55,9 @@ def made():
 @contextmanager
 def served(made, key=None, hosts=["*"], **limits):
     "A service: `url`, `http` and `openai` are its address and two clients of it."
-    language, classifier = (made.model, made.tokenizer), (made.classifier, made.tokenizer)
     names = {"clm": "melody", "classification": "mood"}
-    service = Service(language, classifier, names, **{"most_seconds": 3600} | limits)
+    limits = {"most_seconds": 3600} | limits
+    service = Service((made.model, made.tokenizer), (made.classifier, made.tokenizer), names, **limits)
     with running(make_app(service, key, hosts)) as url, httpx.Client(base_url=url, timeout=600) as http, \
             openai.OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0) as client:
         service.url = url
