@@ -19,7 +19,7 @@ from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 from sphinx.cmd.build import build_main
 
-from seqgpt.exported import write_page
+from seqgpt.export import write_page
 
 ROOT = Path(__file__).parent.parent
 TRY = 'Try one: <a href="digits.html">begin a digit</a>, and a small model continues it in your browser.'
@@ -33,26 +33,43 @@ def row(*texts: str | None) -> str:
 
 
 def api(module: str, name: str) -> str:
-    "What an exported function or class is, takes (a dataclass: its fields) and gives; as a directive of Sphinx's Python domain."
+    "What an exported function or class is, takes (a dataclass: its fields) and gives; as a directive for Sphinx."
     symbol = importlib.import_module(module)
     for part in name.split("."): symbol = getattr(symbol, part)
     kind = "class" if inspect.isclass(symbol) else "method" if "." in name else "function"
-    described = getattr(symbol, "model_fields", {}) # of pydantic
-    source = symbol if kind != "class" or is_dataclass(symbol) or described else vars(symbol).get("__init__")
+    fields = getattr(symbol, "model_fields", {}) # of pydantic
+    source = symbol if kind != "class" or is_dataclass(symbol) or fields else vars(symbol).get("__init__")
     if source is None: return f"````{{py:class}} {name}\n{inspect.getdoc(symbol)}\n````"
-    node = ast.parse(dedent(inspect.getsource(source))).body[0]
-    if kind == "class" and source is symbol: typed = {f.target.id: f.annotation for f in node.body if isinstance(f, ast.AnnAssign)}
-    else: typed = {**{a.arg: a.annotation for a in ast.walk(node.args) if isinstance(a, ast.arg)}, "return": node.returns}
-    types = {n: f"`{ast.unparse(annotation)}`" for n, annotation in typed.items() if annotation} # as they are written in the code
-    about = {n: field.description for n, field in described.items()} or docments(source, args_kwargs=True)
-    rows, names = [row("", "type", "default", ""), "|---|---|---|---|"], []
+    types = annotations(source)
+    about = {n: field.description for n, field in fields.items()} or docments(source, args_kwargs=True)
+    rows = [row("", "type", "default", ""), "|---|---|---|---|"]
+    names = []
     for n, p in inspect.signature(source).parameters.items():
         if n == "self": continue
         names.append(STARS.get(p.kind, "") + n)
-        default = "" if p.default is p.empty else f"`{getattr(p.default, '__name__', repr(p.default))}`".replace("<factory>", "{}")
-        rows.append(row(f"`{names[-1]}`", types.get(n), default, about.get(n)))
-    if "return" in types or about.get("return"): rows.append(row("*returns*", types.get("return"), "", about.get("return")))
-    return "\n".join([f"````{{py:{kind}}} {name}({', '.join(names)})", inspect.getdoc(symbol), "", *(rows if types or any(about.values()) else []), "````"])
+        rows.append(row(f"`{names[-1]}`", types.get(n), default(p), about.get(n)))
+    if "return" in types or about.get("return"):
+        rows.append(row("*returns*", types.get("return"), "", about.get("return")))
+    table = rows if types or any(about.values()) else []
+    head = f"````{{py:{kind}}} {name}({', '.join(names)})"
+    return "\n".join([head, inspect.getdoc(symbol), "", *table, "````"])
+
+
+def annotations(source) -> dict[str, str]:
+    "The types of parameters and result, or of the fields of a class, as they are written in the code."
+    node = ast.parse(dedent(inspect.getsource(source))).body[0]
+    if inspect.isclass(source): typed = {f.target.id: f.annotation for f in node.body if isinstance(f, ast.AnnAssign)}
+    else:
+        typed = {a.arg: a.annotation for a in ast.walk(node.args) if isinstance(a, ast.arg)}
+        typed["return"] = node.returns
+    return {n: f"`{ast.unparse(annotation)}`" for n, annotation in typed.items() if annotation}
+
+
+def default(parameter: inspect.Parameter) -> str:
+    "The default of a parameter as code, or nothing."
+    value = parameter.default
+    if value is parameter.empty: return ""
+    return f"`{getattr(value, '__name__', repr(value))}`".replace("<factory>", "{}")
 
 
 def directives(source: str) -> tuple[dict, str]:
@@ -63,18 +80,16 @@ def directives(source: str) -> tuple[dict, str]:
 
 def prepare(path: Path):
     "Rewrites a notebook that nbdev has processed for MyST-NB: directives become tags, `show_doc` what it shows."
-    nb, module, cells, entries = read_nb(path), None, [], []
+    nb = read_nb(path)
+    module = None
+    cells = []
+    entries = []
     for cell in nb.cells:
         if cell.cell_type == "code":
-            found, cell.source = directives(cell.source)
-            imports = all(re.match(r"(from .+ )?import |[ )]|$", line) for line in cell.source.splitlines())
-            answers = found.get("code-fold") == "true"
-            tags = {"hide-cell": answers, "hide-input": imports, "remove-input": found.get("echo") == "false"}
-            cell.metadata["tags"] = [tag for tag, wanted in tags.items() if wanted]
-            if answers or imports: cell.metadata["mystnb"] = {f"code_prompt_{do}": f"{do.title()} the {'answers' if answers else 'imports'}" for do in ("show", "hide")}
-            if "fig-alt" in found: cell.metadata["mystnb"] = {"image": {"alt": found["fig-alt"]}}
-            if "default_exp" in found:
-                module = f"seqgpt.{found['default_exp']}"
+            directive, cell.source = directives(cell.source)
+            cell.metadata |= shown_as(cell.source, directive)
+            if "default_exp" in directive:
+                module = f"seqgpt.{directive['default_exp']}"
                 cell = mk_cell(f"```{{py:module}} {module}\n```", "markdown")
             elif shown := re.match(r"show_doc\((.+)\)", cell.source):
                 entries.insert(0, mk_cell(api(module, shown[1]), "markdown")) # nbdev puts the last one first
@@ -85,9 +100,23 @@ def prepare(path: Path):
     write_nb(nb, path)
 
 
+def shown_as(source: str, directive: dict) -> dict:
+    "What MyST-NB reads in the metadata of a code cell: what is folded or hidden, and what a picture shows."
+    imports = all(re.match(r"(from .+ )?import |[ )]|$", line) for line in source.splitlines())
+    answers = directive.get("code-fold") == "true"
+    tags = {"hide-cell": answers, "hide-input": imports, "remove-input": directive.get("echo") == "false"}
+    metadata = {"tags": [tag for tag, wanted in tags.items() if wanted]}
+    folded = "answers" if answers else "imports"
+    if answers or imports:
+        metadata["mystnb"] = {f"code_prompt_{do}": f"{do.title()} the {folded}" for do in ("show", "hide")}
+    if "fig-alt" in directive: metadata["mystnb"] = {"image": {"alt": directive["fig-alt"]}}
+    return metadata
+
+
 def reading_order(pages: Path) -> list[str]:
-    "The pages as a book, from the first: the last cell of each links to the next, that of the last to the front page."
-    order, page = [], min(pages.glob("*.ipynb"))
+    "The pages as a book, from the first: the last cell of each links to the next, in the end to the front page."
+    order = []
+    page = min(pages.glob("*.ipynb"))
     while page.name != "index.ipynb":
         order.append(str(page.relative_to(pages)))
         link = re.search(r"\]\(([\w./-]+\.ipynb)\)", read_nb(page).cells[-1].source)
@@ -96,24 +125,19 @@ def reading_order(pages: Path) -> list[str]:
     return order
 
 
-def house(pages: Path) -> list[str]:
-    "The pages of the library that are no chapters, in the order of its plan."
-    names = re.findall(r"\]\((\w+\.ipynb)\)", "\n".join(c.source for c in read_nb(pages/"library/house.ipynb").cells))
-    return ["library/house.ipynb", *(f"library/{name}" for name in dict.fromkeys(names))]
-
-
 def parts(pages: Path) -> dict[str, list[str]]:
     "The parts of the book and their pages."
-    order, library = reading_order(pages), house(pages)
+    order = reading_order(pages)
     names = [str(p.relative_to(pages)) for p in sorted(pages.rglob("*.ipynb"))]
-    rest = [name for name in names if name not in (*order, *library, "index.ipynb")]
-    return {"The library, step by step": [p for p in order if "/" not in p],
-            "Tutorials": [p for p in order if "/" in p], "More": rest,
-            "The library, for contributors": library}
+    return {
+        "The library, step by step": [p for p in order if "/" not in p],
+        "Tutorials": [p for p in order if "/" in p],
+        "More": [name for name in names if name not in order and name != "index.ipynb"],
+    }
 
 
 def contents(caption: str, names: list[str]) -> str:
-    "A part of the table of contents, which stands behind the front page."
+    "A part of the table of contents, which comes after the front page."
     return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", *names, "```"])
 
 
@@ -121,8 +145,10 @@ def glossary(page: Path):
     "Turns the entries of the glossary into ones that other pages can refer to."
     nb = read_nb(page)
     for cell in nb.cells:
-        entries = re.findall(r"^\*\*(.+?)\*\*: (.+)$", cell.source, re.M) if cell.cell_type == "markdown" else []
-        if entries: cell.source = "\n".join(["````{glossary}", *(f"{term}\n  {meaning}\n" for term, meaning in entries), "````"])
+        if cell.cell_type != "markdown": continue
+        entries = re.findall(r"^\*\*(.+?)\*\*: (.+)$", cell.source, re.M)
+        lines = [f"{term}\n  {meaning}\n" for term, meaning in entries]
+        if entries: cell.source = "\n".join(["````{glossary}", *lines, "````"])
     write_nb(nb, page)
 
 
@@ -131,20 +157,24 @@ def as_text(page: Path, exporter: MarkdownExporter) -> str:
     nb = nbformat.read(page, 4)
     nb.metadata["language_info"] = {"name": "python"}
     for cell in nb.cells:
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt")
         for output in cell.get("outputs", []):
-            seen = cell.metadata.get("mystnb", {}).get("image", {}).get("alt")
-            if "data" in output: output.data = {"text/plain": f"[{seen}]" if "image/png" in output.data else output.data.get("text/plain", "")}
+            if "data" not in output: continue
+            plain = f"[{alt}]" if "image/png" in output.data else output.data.get("text/plain", "")
+            output.data = {"text/plain": plain}
     text = re.sub(r"!\[(.*?)\]\(.*?\)", r"[\1]", exporter.from_notebook_node(nb)[0])
     return re.sub(r"\]\(([\w./-]+)\.ipynb\)", r"](\1.md)", text)
 
 
 def for_machines(pages: Path, names: list[str], out: Path):
-    "`llms.txt`, and each page as Markdown beside its HTML (llmstxt.org)."
-    lines, exporter = [], MarkdownExporter()
+    "`llms.txt`, and each page as Markdown next to its HTML (llmstxt.org)."
+    lines = []
+    exporter = MarkdownExporter()
     for name in names:
         text = as_text(pages/name, exporter)
         (out/name).with_suffix(".md").write_text(text, encoding="utf-8")
-        title, about = (re.search(pattern, text, re.M)[1] for pattern in (r"^# (.+)", r"^> (.+)"))
+        title = re.search(r"^# (.+)", text, re.M)[1]
+        about = re.search(r"^> (.+)", text, re.M)[1]
         lines.append(f"- [{title}]({name.removesuffix('ipynb')}md): {about}")
     (out/"llms.txt").write_text("\n".join(["# seqgpt", "", *lines, ""]), encoding="utf-8")
 
@@ -153,11 +183,14 @@ def build() -> int:
     "Builds the site into `_docs`; the exit code of Sphinx, which takes warnings for errors."
     with patch("nbdev.processors.get_config", cache(get_config)): # else it reads pyproject.toml for each cell
         pages = Path(proc_nbs(str(ROOT/"nbs"), n_workers=0, force=True)).resolve()
-    book, made = parts(pages), pages/".build/html"
+    book = parts(pages)
+    made = pages/".build/html"
     for page in pages.rglob("*.ipynb"): prepare(page)
     glossary(pages/"glossary.ipynb")
     front = read_nb(pages/"index.ipynb")
-    write_nb(front | {"cells": [*front.cells[:2], mk_cell(TRY, "markdown"), *front.cells[2:], *(mk_cell(contents(*part), "markdown") for part in book.items() if part[1])]}, pages/"index.ipynb")
+    tables = [mk_cell(contents(*part), "markdown") for part in book.items() if part[1]]
+    cells = [*front.cells[:2], mk_cell(TRY, "markdown"), *front.cells[2:], *tables]
+    write_nb(front | {"cells": cells}, pages/"index.ipynb")
     settings = ["-c", str(ROOT/"docs"), "-d", str(pages/".build/doctrees")]
     code = build_main(["-W", "--keep-going", "-q", *settings, str(pages), str(made)])
     if code: return code

@@ -11,7 +11,9 @@ import seqgpt
 
 ROOT = Path(__file__).parent.parent
 
-project, author, release = "seqgpt", "The seqgpt developers", seqgpt.__version__
+project = "seqgpt"
+author = "The seqgpt developers"
+release = seqgpt.__version__
 project_copyright = f"2026, {author}"
 extensions = ["myst_nb", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = [".build", "**.ipynb_checkpoints"]
@@ -32,7 +34,10 @@ html_context = {"default_mode": "auto"}
 html_show_sourcelink = html_copy_source = False
 html_theme_options = {"use_download_button": False, "show_toc_level": 2, "home_page_in_toc": True}
 if repository := os.environ.get("GITHUB_REPOSITORY"): # on a code host: a link from each page to its notebook
-    html_theme_options |= {"repository_url": f"{os.environ['GITHUB_SERVER_URL']}/{repository}", "path_to_docs": "nbs", "use_repository_button": True, "use_source_button": True}
+    html_theme_options |= {
+        "repository_url": f"{os.environ['GITHUB_SERVER_URL']}/{repository}", "path_to_docs": "nbs",
+        "use_repository_button": True, "use_source_button": True,
+    }
 
 
 def is_parameter(node) -> bool:
@@ -47,20 +52,31 @@ class LinkNames(SphinxPostTransform):
     default_priority = 5 # before links are resolved
 
     def run(self):
-        symbols = {}
-        for full in self.env.domains["py"].objects:
-            symbols[full] = full
-            if full.count(".") > 1: symbols.setdefault(full.split(".", 2)[2], full) # seqgpt.data.collate is also meant by collate, but seqgpt.data not by data
+        symbols = self.symbols()
         terms = {term for kind, term in self.env.domains["std"].objects if kind == "term"}
         for node in [*self.document.findall(nodes.literal), *self.document.findall(nodes.emphasis)]:
             if isinstance(node.parent, (nodes.reference, nodes.title, pending_xref)) or is_parameter(node): continue
             text = node.astext()
-            if isinstance(node, nodes.literal): domain, kind, target = "py", "obj", symbols.get(re.sub(r"\(.*\)$", "", text))
-            else: domain, kind, target = "std", "term", next((t for t in (text, text.lower(), text.lower().removesuffix("s")) if t in terms), None)
-            if not target: continue
-            link = pending_xref("", refdomain=domain, reftype=kind, reftarget=target, refexplicit=True, refdoc=self.env.docname, refwarn=True)
-            node.replace_self(link)
-            link += node
+            if isinstance(node, nodes.literal): self.link(node, "py", "obj", symbols.get(re.sub(r"\(.*\)$", "", text)))
+            else:
+                forms = (text, text.lower(), text.lower().removesuffix("s"))
+                self.link(node, "std", "term", next((form for form in forms if form in terms), None))
+
+    def symbols(self) -> dict[str, str]:
+        "Full names by what is written: seqgpt.data.collate is also meant by collate, but seqgpt.data not by data."
+        symbols = {}
+        for full in self.env.domains["py"].objects:
+            symbols[full] = full
+            if full.count(".") > 1: symbols.setdefault(full.split(".", 2)[2], full)
+        return symbols
+
+    def link(self, node, domain: str, kind: str, target: str | None):
+        "Puts the node into a link to its target, if there is one."
+        if not target: return
+        link = pending_xref("", refdomain=domain, reftype=kind, reftarget=target, refexplicit=True,
+                            refdoc=self.env.docname, refwarn=True)
+        node.replace_self(link)
+        link += node
 
 
 def name_language(app, pagename, templatename, context, doctree):

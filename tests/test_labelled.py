@@ -18,7 +18,24 @@ from seqgpt.prompts import encode_prompt
 from seqgpt.tokenizer import load_tokenizer, make_tokenizer
 
 WORDS = ["down", "up"]
-SURE = "--learning_rate 5e-3 --model.resid_pdrop 0 --model.embd_pdrop 0 --model.attn_pdrop 0".split() # the rule is learned in few steps
+# the rule is learned in few steps
+SURE = "--learning_rate 5e-3 --model.resid_pdrop 0 --model.embd_pdrop 0 --model.attn_pdrop 0".split()
+
+
+def put_labels(folder, *args):
+    "The command that puts labels in front of the sequences in `plain`."
+    return seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", *args, cwd=folder)
+
+
+def train(folder, data, out, *args, **options):
+    return seqgpt("train", "--data_path", data, "--output_dir", out, *args, cwd=folder, **options)
+
+
+def generate_by_command(folder, *args):
+    return seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", *args, cwd=folder)
+
+
+def sequences(folder): return [json.loads(line)["tokens"] for line in open(folder/"asked/sequences.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +43,9 @@ def asked(melodies, once):
     "A model of melodies with up or down in front."
     def asked(folder):
         write_lines(folder/"plain", [{"text": " ".join(t), "label": WORDS[l]} for t, l in melodies*3])
-        assert seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", "--unlabelled_share", 0.2, "--seed", 3, cwd=folder).returncode == 0
-        result = seqgpt("train", "--data_path", "asked", "--output_dir", "m", "--num_epochs", 14, "--max_length", 16, *TINY, *SURE, "--n_layer", 2, "--n_embd", 32, cwd=folder, drawn=False)
+        assert put_labels(folder, "--unlabelled_share", 0.2, "--seed", 3).returncode == 0
+        result = train(folder, "asked", "m", "--num_epochs", 14, "--max_length", 16, *TINY, *SURE, "--n_layer", 2,
+                       "--n_embd", 32, drawn=False)
         assert result.returncode == 0, result.stderr
     return once(asked)
 
@@ -36,10 +54,12 @@ def asked(melodies, once):
 def digits(once):
     "A model of small digits with their labels in front, and what the command printed."
     def labelled_digits(folder):
-        for args in (["digits", "--out_dir", "d", "--image_size", 8, "--grey_levels", 2], ["labelled", "--data_path", "d", "--out_dir", "asked"]): assert seqgpt("corpus", *args, cwd=folder).returncode == 0
+        digits = ["digits", "--out_dir", "d", "--image_size", 8, "--grey_levels", 2]
+        for args in (digits, ["labelled", "--data_path", "d", "--out_dir", "asked"]):
+            assert seqgpt("corpus", *args, cwd=folder).returncode == 0
         lines = (folder/"asked/sequences.jsonl").read_text().splitlines(True)
         (folder/"asked/sequences.jsonl").write_text("".join(lines[:400]))
-        result = seqgpt("train", "--data_path", "asked", "--output_dir", "m", "--max_steps", 60, "--max_length", 70, *TINY, cwd=folder, drawn=False)
+        result = train(folder, "asked", "m", "--max_steps", 60, "--max_length", 70, *TINY, drawn=False)
         assert result.returncode == 0, result.stderr
         (folder/"printed.txt").write_text(result.stdout)
     return once(labelled_digits)
@@ -57,14 +77,15 @@ def exported(digits, once):
 
 
 def test_the_corpus_is_the_same_but_for_the_labels(asked):
-    before, after = ([json.loads(line) for line in open(p)] for p in (asked/"plain/data.jsonl", asked/"asked/sequences.jsonl"))
+    before = [json.loads(line) for line in open(asked/"plain/data.jsonl")]
+    after = [json.loads(line) for line in open(asked/"asked/sequences.jsonl")]
     labelled = 0
     for old, new in zip(before, after, strict=True):
-        tokens, want = new["tokens"], old["text"].split()
+        tokens = new["tokens"]
         if tokens[0].startswith("label:"):
             labelled += 1
             assert tokens.pop(0) == f"label:{old['label']}"
-        assert tokens == want and "label" not in new
+        assert tokens == old["text"].split() and "label" not in new
     assert 0.7 < labelled/len(after) < 0.9
     vocab = json.loads((asked/"asked/vocab.json").read_text())
     assert vocab == {**VOCAB, "label:down": 9, "label:up": 10}
@@ -72,41 +93,50 @@ def test_the_corpus_is_the_same_but_for_the_labels(asked):
 
 def test_special_tokens_in_the_data_and_long_sequences_survive(tmp_path):
     "Nothing is cut off, however long, and what is framed already is not framed twice."
-    write_lines(tmp_path/"plain", [{"tokens": ["<bos>", *NOTES*1000, "<eos>"], "label": 0}, {"input_ids": [4, 5], "label": "b"}])
-    assert seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", "--unlabelled_share", 0, cwd=tmp_path).returncode == 0
-    rows = [json.loads(line)["tokens"] for line in open(tmp_path/"asked/sequences.jsonl")]
-    assert rows == [["label:0", *NOTES*1000], ["label:b", *NOTES[:2]]]
+    lines = [{"tokens": ["<bos>", *NOTES*1000, "<eos>"], "label": 0}, {"input_ids": [4, 5], "label": "b"}]
+    write_lines(tmp_path/"plain", lines)
+    assert put_labels(tmp_path, "--unlabelled_share", 0).returncode == 0
+    assert sequences(tmp_path) == [["label:0", *NOTES*1000], ["label:b", *NOTES[:2]]]
     read_corpus(tmp_path/"asked", make_tokenizer(tmp_path/"asked/vocab.json"), 6000, cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("lines, args, words", [
-    ([{"tokens": NOTES}], [], ["label missing"]), ([{"tokens": NOTES, "label": NAMES[0]}], [], ["label 'down $' contains white space"]), ([{"tokens": ["H"], "label": 1}], [], ["unknown token"]),
-    ([{"tokens": NOTES, "label": 1}], ["--unlabelled_share", 1], ["less than 1"]), ([{"tokens": NOTES, "label": 1}], ["--seed", -1], ["seed is -1"]), ([{"tokens": NOTES, "label": 1}], ["--vocab_path", "none.json"], ["none.json"]),
+LINE = {"tokens": NOTES, "label": 1}
+
+
+@pytest.mark.parametrize("line, args, words", [
+    ({"tokens": NOTES}, [], "label missing"),
+    ({"tokens": NOTES, "label": NAMES[0]}, [], "label 'down $' contains white space"),
+    ({"tokens": ["H"], "label": 1}, [], "unknown token"),
+    (LINE, ["--unlabelled_share", 1], "less than 1"),
+    (LINE, ["--seed", -1], "seed is -1"),
+    (LINE, ["--vocab_path", "none.json"], "none.json"),
 ])
-def test_mistakes(lines, args, words, tmp_path):
-    write_lines(tmp_path/"plain", lines)
-    refused(seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", *args, cwd=tmp_path), *words)
+def test_mistakes(line, args, words, tmp_path):
+    write_lines(tmp_path/"plain", [line])
+    refused(put_labels(tmp_path, *args), words)
     assert not (tmp_path/"asked").exists()
 
 
 def test_bad_lines_are_left_out_where_that_is_asked_for(tmp_path):
-    write_lines(tmp_path/"plain", [{"text": "C4 D4", "label": "up"}, {"text": "C4 H4", "label": "up"}, {"text": "D4 C4", "label": "down"}])
-    write = lambda *args: seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", "--unlabelled_share", 0, *args, cwd=tmp_path)
-    refused(write(), "1 of 3 lines", "line 2", "--skip_bad_lines")
-    result = write("--skip_bad_lines")
+    lines = [("C4 D4", "up"), ("C4 H4", "up"), ("D4 C4", "down")]
+    write_lines(tmp_path/"plain", [{"text": text, "label": label} for text, label in lines])
+    refused(put_labels(tmp_path, "--unlabelled_share", 0), "1 of 3 lines", "line 2", "--skip_bad_lines")
+    result = put_labels(tmp_path, "--unlabelled_share", 0, "--skip_bad_lines")
     assert result.returncode == 0 and "left out (unknown token: 1, at line 2" in result.stdout, result.stderr
-    assert [json.loads(line)["tokens"] for line in open(tmp_path/"asked/sequences.jsonl")] == [["label:up", "C4", "D4"], ["label:down", "D4", "C4"]]
+    assert sequences(tmp_path) == [["label:up", "C4", "D4"], ["label:down", "D4", "C4"]]
 
 
 def test_never_twice_and_never_over_another(asked):
-    refused(seqgpt("corpus", "labelled", "--data_path", "asked", "--out_dir", "again", cwd=asked), "symbols of labels already", "'label:down'")
-    refused(seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", cwd=asked), "is there already")
-    refused(seqgpt("corpus", "labelled", "--data_path", "nowhere", "--out_dir", "again", cwd=asked), "nowhere")
+    def again(data): return seqgpt("corpus", "labelled", "--data_path", data, "--out_dir", "again", cwd=asked)
+    refused(again("asked"), "symbols of labels already", "'label:down'")
+    refused(put_labels(asked), "is there already")
+    refused(again("nowhere"), "nowhere")
 
 
 @pytest.mark.parametrize("word", WORDS)
 def test_draws_what_is_asked_for(word, asked):
-    result = seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", "--prompt", f"label:{word}", "--num_samples", 30, "--seed", 0, "--top_p", 0.9, "--guidance", 1.5, cwd=asked)
+    result = generate_by_command(asked, "--prompt", f"label:{word}", "--num_samples", 30, "--seed", 0, "--top_p", 0.9,
+                                 "--guidance", 1.5)
     assert result.returncode == 0, result.stderr
     right = []
     for line in result.stdout.splitlines():
@@ -118,45 +148,58 @@ def test_draws_what_is_asked_for(word, asked):
 
 def test_training_draws_ten_of_each(asked):
     rows = [json.loads(line) for line in open(asked/"m/samples.jsonl")]
-    assert [r["tokens"][0] for r in rows] == ["label:down"]*10 + ["label:up"]*10 and all(r["given"] == 1 for r in rows)
+    assert [r["tokens"][0] for r in rows] == ["label:down"]*10 + ["label:up"]*10
+    assert all(r["given"] == 1 for r in rows)
 
 
 @pytest.mark.parametrize("scale", [0, 0.5, 2.0, 5.0])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_guidance_is_that_of_transformers(scale, use_cache, asked):
     folder = asked/"m/best_model"
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    theirs, prompts = AutoModelForCausalLM.from_pretrained(folder).eval(), [["label:up"], ["label:down", "C4", "D4"], ["label:up", "G4"]]
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompts = [["label:up"], ["label:down", "C4", "D4"], ["label:up", "G4"]]
     ours = generate(model, tokenizer, prompts, max_new_tokens=8, temperature=0, guidance=scale, use_cache=use_cache)
     never = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id]
+    settings = GenerationConfig(max_new_tokens=8, pad_token_id=tokenizer.pad_token_id,
+                                eos_token_id=tokenizer.eos_token_id, suppress_tokens=never, do_sample=False,
+                                guidance_scale=float(scale))
     for prompt, sample in zip(prompts, ours):
         ids, without = (torch.tensor([encode_prompt(tokenizer, p)]) for p in (prompt, prompt[1:]))
-        settings = GenerationConfig(max_new_tokens=8, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, suppress_tokens=never, do_sample=False, guidance_scale=float(scale))
-        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), negative_prompt_ids=without, generation_config=settings)[0, 1:].tolist()
-        assert sample.tokens == [t for t in tokenizer.convert_ids_to_tokens(expected) if t not in ("<eos>", "<pad>")]
+        output = theirs.generate(ids, attention_mask=torch.ones_like(ids), negative_prompt_ids=without,
+                                 generation_config=settings)
+        expected = tokenizer.convert_ids_to_tokens(output[0, 1:].tolist())
+        assert sample.tokens == [t for t in expected if t not in ("<eos>", "<pad>")]
 
 
 def test_guidance_on_onnx_runtime_draws_the_same(exported):
-    draw = lambda runtime: seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", "--prompt", "label:7", "--num_samples", 10, "--seed", 1, "--guidance", 2, "--runtime", runtime, cwd=exported).stdout
+    def draw(runtime):
+        return generate_by_command(exported, "--prompt", "label:7", "--num_samples", 10, "--seed", 1, "--guidance", 2,
+                                   "--runtime", runtime).stdout
     assert draw("onnx") == draw("pytorch") != ""
 
 
-@pytest.mark.parametrize("args, words", [(["--guidance", -1, "--prompt", "label:up"], ["guidance is -1"]), (["--guidance", 2], ["prefix without symbols"])])
-def test_guidance_mistakes(args, words, asked):
-    refused(seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", *args, cwd=asked), *words)
+@pytest.mark.parametrize("args, words", [
+    (["--guidance", -1, "--prompt", "label:up"], "guidance is -1"),
+    (["--guidance", 2], "prefix without symbols"),
+])
+def test_guidance_mistakes(args, words, asked): refused(generate_by_command(asked, *args), words)
 
 
 def test_an_unlabelled_model_goes_on_with_labels(asked):
     "Its vocabulary grows by them."
-    assert seqgpt("train", "--data_path", "plain", "--output_dir", "before", "--max_steps", 5, "--max_length", 16, *TINY, cwd=asked, bare=True).returncode == 0
-    result = seqgpt("train", "--init_from", "before/best_model", "--data_path", "asked", "--output_dir", "after", "--max_steps", 5, cwd=asked, bare=True)
+    result = train(asked, "plain", "before", "--max_steps", 5, "--max_length", 16, *TINY, bare=True)
+    assert result.returncode == 0
+    result = train(asked, "asked", "after", "--init_from", "before/best_model", "--max_steps", 5, bare=True)
     assert result.returncode == 0 and "knows 5 of the 7 symbols" in result.stdout, result.stderr
     assert AutoTokenizer.from_pretrained(asked/"after/best_model")("label:up C4")["input_ids"] == [10, 4]
 
 
 def test_labelled_digits_are_still_pictures(digits):
     assert digits_shape(json.loads((digits/"asked/vocab.json").read_text())) == (8, 2)
-    assert "as the digit that was asked for" in (digits/"printed.txt").read_text() and (digits/"m/samples.png").stat().st_size > 1000
+    assert "as the digit that was asked for" in (digits/"printed.txt").read_text()
+    assert (digits/"m/samples.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("flavour", ["served", "exported"])
@@ -168,7 +211,8 @@ def test_the_page_asks_for_a_label(flavour, exported):
     from seqgpt.service import Service
     from seqgpt.serving import make_app, running
     folder = exported/"m/best_model"
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
 
     def check(page):
         expect(page.locator("#label option")).to_have_text(["anything", *"0123456789"])

@@ -22,15 +22,21 @@ from seqgpt.prompts import encode_prompt
 from seqgpt.tokenizer import make_tokenizer, save_tokenizer
 
 BREAKS = "</script><img/src/onerror=document.title='broken'>" # as a symbol
-MELODY = ["C4", "[START]", "D4", "<pad>", "音🎵", BREAKS, "{{data}}", "<!--", "</s>", "&lt;", '"\\u003c', "<unk>", *(f"N{k}" for k in range(120))] # special tokens at odd places
+# special tokens at odd places
+MELODY = ["C4", "[START]", "D4", "<pad>", "音🎵", BREAKS, "{{data}}", "<!--", "</s>", "&lt;", '"\\u003c', "<unk>",
+          *(f"N{k}" for k in range(120))]
+SPECIAL = {"[START]": "<bos>", "<pad>": "<pad>", "</s>": "<eos>", "<unk>": "<unk>"}
 PIXELS = [s for s in digit_vocab(8, 2) if s.startswith("r")]
-DIGITS = [PIXELS.pop(0) if s not in ("[START]", "<pad>", "</s>", "<unk>") else s.replace("[START]", "<bos>").replace("</s>", "<eos>") for s in MELODY]
+DIGITS = [SPECIAL[s] if s in SPECIAL else PIXELS.pop(0) for s in MELODY]
 
 
 def talker():
-    "A model for either vocabulary. It has learnt nothing, but is sure of itself, and says something else at every step."
+    """A model for either vocabulary. It has learnt nothing, but is sure of itself, and says something else at every
+    step."""
     torch.manual_seed(1)
-    config = GPT2Config(vocab_size=len(MELODY), n_positions=80, n_layer=2, n_head=2, n_embd=24, initializer_range=0.6, activation_function="gelu_pytorch_tanh", tie_word_embeddings=False, bos_token_id=1, pad_token_id=3, eos_token_id=8)
+    config = GPT2Config(vocab_size=len(MELODY), n_positions=80, n_layer=2, n_head=2, n_embd=24, initializer_range=0.6,
+                        activation_function="gelu_pytorch_tanh", tie_word_embeddings=False, bos_token_id=1,
+                        pad_token_id=3, eos_token_id=8)
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad(): model.lm_head.weight[8] *= -1.5 # now some sequences end
     return model
@@ -44,7 +50,8 @@ def talking(folder):
 @pytest.fixture(scope="module")
 def both(once):
     "One model with two vocabularies."
-    exported, model, made = once(talking)/"fast.onnx", talker(), {}
+    exported = once(talking)/"fast.onnx"
+    model = talker()
     names = {"digits": DIGITS, "melody, ü & more": MELODY}
     tokenizers = {name: make_tokenizer({s: i for i, s in enumerate(vocab)}) for name, vocab in names.items()}
     def pages(folder):
@@ -53,8 +60,10 @@ def both(once):
             save_tokenizer(tokenizer, folder/name)
             write_page(shutil.copy(exported, folder/name/"fast.onnx"), folder/name/"page.html")
     folder = once(pages)
-    for name, vocab in names.items(): made[name[:6]] = SimpleNamespace(model=model, tokenizer=tokenizers[name], file=folder/name/"fast.onnx", page=folder/name/"page.html", vocab=vocab)
-    return made
+    def made(name):
+        return SimpleNamespace(model=model, tokenizer=tokenizers[name], file=folder/name/"fast.onnx",
+                               page=folder/name/"page.html", vocab=names[name])
+    return {name[:6]: made(name) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +101,14 @@ def goes(page, button="Continue"):
 
 def added(page): return page.evaluate("document.getElementById('tokens').lastChild.textContent").split()
 def given(page): return page.evaluate("document.querySelector('#tokens mark')?.textContent ?? ''").split()
-def greedy(made, prompt, most=None): return (s := generate(made.model, made.tokenizer, [prompt], temperature=0, max_new_tokens=most)[0]).tokens[s.given:] + ([] if s.finished else ["…"])
+def greedy(made, prompt, most=None):
+    sample = generate(made.model, made.tokenizer, [prompt], temperature=0, max_new_tokens=most)[0]
+    return sample.tokens[sample.given:] + ([] if sample.finished else ["…"])
+
+
+def centre(box, column, row):
+    "Of a pixel of a drawing of 8 by 8."
+    return box["x"] + box["width"]*(column + .5)/8, box["y"] + box["height"]*(row + .5)/8
 
 
 def test_a_drawn_digit_is_continued_as_pytorch_does(chromium, digits):
@@ -102,20 +118,22 @@ def test_a_drawn_digit_is_continued_as_pytorch_does(chromium, digits):
         page.get_by_role("button", name="Clear").click()
         page.get_by_label("Rows given").fill("3")
         box = canvas.bounding_box()
-        at = lambda column, row: (box["x"] + box["width"]*(column + .5)/8, box["y"] + box["height"]*(row + .5)/8)
-        page.mouse.move(*at(2, 0))
+        page.mouse.move(*centre(box, 2, 0))
         page.mouse.down()
-        page.mouse.move(*at(2, 3), steps=5) # a row lower than was given: that one is now given, too
+        page.mouse.move(*centre(box, 2, 3), steps=5) # a row lower than was given: that one is now given, too
         page.mouse.up()
         page.get_by_label("Temperature").fill("0")
         tokens = goes(page)
         prompt = given(page)
-        assert len(prompt) == 32 and prompt[0] == "r00c00g0" and [s[6:] for s in prompt[2::8]] == ["g1"]*4 and prompt[-1] == "r03c07g0"
+        assert len(prompt) == 32 and prompt[0] == "r00c00g0" and prompt[-1] == "r03c07g0"
+        assert [s[6:] for s in prompt[2::8]] == ["g1"]*4
         assert tokens == greedy(digits, prompt) and len(set(tokens)) > 8
         expect(page.get_by_role("radio")).to_have_count(1) # greedily there is only one way
 
-        page.get_by_label("Temperature").fill("1") # now by chance, in four ways; the same seed draws the same
-        first, second = goes(page), goes(page, "Others")
+        # now by chance, in four ways; the same seed draws the same
+        page.get_by_label("Temperature").fill("1")
+        first = goes(page)
+        second = goes(page, "Others")
         expect(page.get_by_role("radio")).to_have_count(4)
         assert first != second != tokens and page.get_by_label("Seed").input_value() == "2"
         page.get_by_label("Seed").fill("1")
@@ -139,8 +157,9 @@ def test_a_drawn_digit_is_continued_as_pytorch_does(chromium, digits):
 def test_keyboard_alone(chromium, digits):
     with opened(chromium, digits.page, color_scheme="dark", reduced_motion="reduce") as page:
         expect(page.get_by_role("status")).to_have_text("Ready.")
-        press = lambda *keys: [page.keyboard.press(k) for k in keys]
-        focused = lambda: page.evaluate("document.activeElement.id || document.activeElement.ariaLabel")
+        def press(*keys):
+            for k in keys: page.keyboard.press(k)
+        def focused(): return page.evaluate("document.activeElement.id || document.activeElement.ariaLabel")
         press("Tab")
         assert focused() == "drawing"
         press(*["Tab"]*4, "Enter")
@@ -161,6 +180,20 @@ def test_keyboard_alone(chromium, digits):
         assert focused() == "step" and len(added(page)) == 2
 
 
+def check_end(page, melody, ends):
+    "A sequence that ends by itself, or one at the model's last position."
+    samples = generate(melody.model, melody.tokenizer, [s for s in MELODY if s[0] == "N"], temperature=0)
+    sample = next(s for s in samples if s.finished == ends and len(s.tokens) > 9)
+    page.get_by_role("combobox").fill(sample.tokens[0])
+    assert goes(page) == sample.tokens[1:] + ["…"]*(not ends)
+    tokens = len(sample.tokens) - 1 + ends # the end is one
+    expect(page.get_by_role("status")).to_contain_text(f", {tokens} tokens;")
+
+
+# a sequence, and whether it is said to be wrong: what is still being typed is not corrected
+TYPED = [("C4 N11", False), ("C4 N11x", True), ("C4 N11 D", False), ("C4 Q D4", True)]
+
+
 def test_any_sequence_and_hostile_symbols(chromium, melody):
     with opened(chromium, melody.page) as page:
         expect(page.get_by_role("status")).to_have_text("Ready.")
@@ -172,33 +205,34 @@ def test_any_sequence_and_hostile_symbols(chromium, melody):
             assert goes(page) == greedy(melody, prompt, 12)
             assert given(page) == prompt.replace("[START] ", "").split()
         page.get_by_label("New tokens").fill("80")
-        whole = generate(melody.model, melody.tokenizer, [s for s in MELODY if s[0] == "N"], temperature=0)
-        for ends in (True, False): # by itself, and at the model's last position
-            sample = next(s for s in whole if s.finished == ends and len(s.tokens) > 9)
-            field.fill(sample.tokens[0])
-            assert goes(page) == sample.tokens[1:] + ["…"]*(not ends)
-            expect(page.get_by_role("status")).to_contain_text(f", {len(sample.tokens) - 1 + ends} tokens;") # the end is one
+        for ends in (True, False): check_end(page, melody, ends)
         assert page.locator("img").count() == 0 and page.title() == "Continue a sequence"
 
+        status = page.get_by_role("status")
+        alert = page.get_by_role("alert")
         field.fill("C4 H9")
-        expect(page.get_by_role("alert")).to_have_text("Symbol 2, H9, is not in the vocabulary.")
-        for typed, shown in (("C4 N11", False), ("C4 N11x", True), ("C4 N11 D", False), ("C4 Q D4", True)): # who still types is not corrected
+        expect(alert).to_have_text("Symbol 2, H9, is not in the vocabulary.")
+        for typed, shown in TYPED:
             field.fill(typed)
-            expect(page.get_by_role("alert")).to_be_visible() if shown else expect(page.get_by_role("alert")).to_be_hidden()
+            if shown: expect(alert).to_be_visible()
+            else: expect(alert).to_be_hidden()
         field.fill("C4 D")
         page.get_by_role("button", name="Continue", exact=True).click()
-        expect(page.get_by_role("alert")).to_have_text("Symbol 2, D, is not in the vocabulary.")
+        expect(alert).to_have_text("Symbol 2, D, is not in the vocabulary.")
         expect(field).to_be_focused()
         field.fill("C4 </s>")
-        expect(page.get_by_role("alert")).to_have_text("Symbol 2, </s>, cannot be continued: only [START] may stand there, at the beginning.")
+        expect(alert).to_have_text("Symbol 2, </s>, cannot be continued: "
+                                   "only [START] may stand there, at the beginning.")
         field.fill(" ".join(["C4"]*79))
-        expect(page.get_by_role("status")).to_have_text("With [START] 80 tokens are given, but the model has 80 positions: there is no room to continue.")
+        expect(status).to_have_text("With [START] 80 tokens are given, but the model has 80 positions: "
+                                    "there is no room to continue.")
         field.fill(" ".join(["C4"]*78))
-        expect(page.get_by_role("status")).to_have_text("Ready.")
+        expect(status).to_have_text("Ready.")
         assert len(goes(page)) == 2 # a symbol, and that it goes on
         field.fill("C4 D")
-        expect(page.get_by_role("alert")).to_have_count(0)
-        assert page.locator("#completions option").evaluate_all("all => all.map(o => o.value)") == ["C4 D4"]
+        expect(alert).to_have_count(0)
+        options = page.locator("#completions option")
+        assert options.evaluate_all("all => all.map(o => o.value)") == ["C4 D4"]
 
 
 def test_bars_show_the_model_and_the_settings(chromium, melody):
@@ -207,22 +241,27 @@ def test_bars_show_the_model_and_the_settings(chromium, melody):
         scores = next_logits(melody.model, encode_prompt(melody.tokenizer, "C4 D4 C4"))
         expect(page.locator("caption")).to_have_text("Token 4, behind C4")
         for temperature, top_k, top_p in ((1, 0, 1), (2, 0, 1), (2, 4, 1), (2, 0, 0.5), (1.5, 6, 0.9)):
-            for name, value in (("Temperature", temperature), ("Top-k", top_k), ("Top-p", top_p)): page.get_by_label(name).fill(str(value))
+            for name, value in (("Temperature", temperature), ("Top-k", top_k), ("Top-p", top_p)):
+                page.get_by_label(name).fill(str(value))
             assert bars(page) == true_bars(melody, scores, temperature, top_k, top_p), (temperature, top_k, top_p)
         page.locator("#bars button").first.press("Enter") # takes this one
-        best = next(s for s, *_ in true_bars(melody, scores) if s not in ("[START]", "<pad>", "</s>", "<unk>"))
+        best = next(s for s, *_ in true_bars(melody, scores) if s not in SPECIAL)
         expect(page.locator("caption")).to_have_text(f"Token 5, behind {best}")
         assert page.get_by_role("combobox").input_value() == f"C4 D4 C4 {best} "
         assert page.evaluate("document.activeElement == document.querySelector('#bars button')")
 
 
-def bars(page): return page.locator("#bars tr").evaluate_all("rows => rows.map(r => [r.cells[0].title, r.cells[2].textContent, r.cells[3].textContent])")
+def bars(page):
+    parts = "rows => rows.map(r => [r.cells[0].title, r.cells[2].textContent, r.cells[3].textContent])"
+    return page.locator("#bars tr").evaluate_all(parts)
 
 
 def true_bars(made, scores, temperature=1, top_k=0, top_p=0.9, most=10):
     "What the bars should say, by PyTorch and Transformers."
-    own, drawn = dict(zip(made.vocab, scores.softmax(-1).tolist())), chances(made, scores, temperature, top_k, top_p)
-    return [[s, percent(own[s]), percent(drawn[s])] for s in sorted(own, key=own.get, reverse=True)[:most]]
+    own = dict(zip(made.vocab, scores.softmax(-1).tolist()))
+    drawn = chances(made, scores, temperature, top_k, top_p)
+    best = sorted(own, key=own.get, reverse=True)[:most]
+    return [[s, percent(own[s]), percent(drawn[s])] for s in best]
 
 
 def percent(x): return "<0.1%" if 0 < x < 0.001 else f"{x:.1%}"
@@ -238,13 +277,20 @@ def chances(made, scores, temperature, top_k, top_p):
 
 
 def test_what_is_broken_is_said(chromium, melody, tmp_path):
-    page, text = tmp_path/"page.html", melody.page.read_text(encoding="utf-8")
-    other = re.sub(r'"model": "[^"]*"', lambda m: f'"model": "{b64encode(gzip.compress(b"nonsense")).decode()}"', text)
-    without = lambda name: text.replace("const WAYS", f"delete globalThis.{name}; const WAYS")
+    page = tmp_path/"page.html"
+    text = melody.page.read_text(encoding="utf-8")
+    nonsense = b64encode(gzip.compress(b"nonsense")).decode()
+    def without(name): return text.replace("const WAYS", f"delete globalThis.{name}; const WAYS")
+    cases = [
+        (re.sub(r'"model": "[^"]*"', f'"model": "{nonsense}"', text),
+         "The model fast.onnx cannot be opened; make this page anew."),
+        (text[:-10**6], "This file is incomplete or damaged. Copy or download it again."),
+        (text.replace('"wasm": "H4sI', '"wasm": "H4sH'), "This file is incomplete or damaged."),
+        (without("WebAssembly"), "This browser does not run WebAssembly"),
+        (without("DecompressionStream"), "This browser is too old"),
+    ]
     with tab(chromium) as shown: # what it writes on the console is not looked at: the runtime reports there, too
-        for content, says in ((other, "The model fast.onnx cannot be opened; make this page anew."), (text[:-10**6], "This file is incomplete or damaged. Copy or download it again."),
-                              (text.replace('"wasm": "H4sI', '"wasm": "H4sH'), "This file is incomplete or damaged."),
-                              (without("WebAssembly"), "This browser does not run WebAssembly"), (without("DecompressionStream"), "This browser is too old")):
+        for content, says in cases:
             page.write_text(content, encoding="utf-8")
             shown.goto(page.as_uri())
             expect(shown.get_by_role("status")).to_contain_text(says)
@@ -252,12 +298,15 @@ def test_what_is_broken_is_said(chromium, melody, tmp_path):
 
 
 def test_a_page_needs_a_model_and_room_for_it(melody, tmp_path):
-    with pytest.raises(InputError, match=r"none.onnx: no such file. Write it with `seqgpt export`."): write_page(tmp_path/"none.onnx", tmp_path/"page.html")
+    with pytest.raises(InputError, match=r"none.onnx: no such file. Write it with `seqgpt export`."):
+        write_page(tmp_path/"none.onnx", tmp_path/"page.html")
     with open(melody.file.parent/"large.onnx", "wb") as f: f.truncate(2**28 + 2**20)
-    with pytest.raises(InputError, match="257 MiB are too much for one page, which holds 256"): write_page(f.name, tmp_path/"page.html")
+    with pytest.raises(InputError, match="257 MiB are too much for one page, which holds 256"):
+        write_page(f.name, tmp_path/"page.html")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_page_says_which_licence_it_holds(melody):
-    data = json.loads(re.search(r'id="data">(.*?)</script>', melody.page.read_text(encoding="utf-8"), re.S)[1])
-    assert "MIT" in data["licence"] and data["symbols"] == MELODY and "<" not in re.search(r'id="data">(.*?)</script>', melody.page.read_text(encoding="utf-8"), re.S)[1]
+    text = re.search(r'id="data">(.*?)</script>', melody.page.read_text(encoding="utf-8"), re.S)[1]
+    data = json.loads(text)
+    assert "MIT" in data["licence"] and data["symbols"] == MELODY and "<" not in text

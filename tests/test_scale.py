@@ -15,16 +15,18 @@ from conftest import ROOT, TINY, VOCAB
 from test_crashes import write_scales
 
 SCALE = ROOT/"nbs/tutorials/scale"
-TRAIN = ["--data_path", "data.jsonl", "--max_length", "12", "--eval_steps", "20", *TINY, "--batch_size", "8", "--max_steps", "1000000"] # it has to be stopped
+TRAIN = ["--data_path", "data.jsonl", "--max_length", "12", "--eval_steps", "20", *TINY, "--batch_size", "8",
+         "--max_steps", "1000000"] # it has to be stopped
 LIMIT = 600 # seconds, on a machine that does much else
 
 
 def start(folder, *command, **env):
-    "A recipe in `folder`, with this Python, and the programs and sources that lie there before those that are installed."
+    "A recipe in `folder`, with this Python; programs and sources that are there come before those that are installed."
     path = os.pathsep.join(map(str, [folder, Path(sys.executable).parent, os.environ["PATH"]]))
     sources = os.pathsep.join(map(str, [folder, ROOT, os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, "PYTHONPATH": sources, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(LIMIT), "PATH": path, **env}
-    return subprocess.Popen([*map(str, command)], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*map(str, command)], cwd=folder, env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process, code=0):
@@ -64,7 +66,8 @@ def program(folder, name, text):
     (folder/name).chmod(0o755)
 
 
-STOPPED_BY = "trap '{}' TERM; echo \"$*\" >> calls; while :; do sleep 0.05 & wait $!; done" # a program that goes on until it gets a SIGTERM
+# a program that goes on until it gets a SIGTERM
+STOPPED_BY = "trap '{}' TERM; echo \"$*\" >> calls; while :; do sleep 0.05 & wait $!; done"
 
 
 @pytest.mark.parametrize("name", ["one_node.sh", "slurm.sbatch", "spot.sh"])
@@ -72,48 +75,70 @@ def test_shell_syntax(name): assert subprocess.run(["bash", "-n", SCALE/name]).r
 
 
 def test_one_node(tmp_path):
-    "Two processes that train, told to stop as Slurm would (SIGUSR1); that they go on to the same weights is tested in test_crashes.py."
+    """Two processes that train, told to stop as Slurm would (SIGUSR1); that they go on to the same weights is tested in
+    test_crashes.py."""
     write_scales(tmp_path)
     run = start(tmp_path, "bash", SCALE/"one_node.sh", *TRAIN, "--output_dir", "two", PROCESSES="2")
     wait_until(checkpoint(tmp_path/"two"), run)
     run.send_signal(signal.SIGUSR1)
     said = finish(run, 1) # torchrun's only code for what is not 0
-    assert (command := re.search(r"Stopped after step (\d+) of 1000000; all is saved. Go on with: torchrun --nproc_per_node 2 -m seqgpt.cli train --config two/config.yaml --resume", said)), said
-    assert (tmp_path/f"two/checkpoints/checkpoint-{command[1]}").exists() and json.loads((tmp_path/"two/split.json").read_text())["processes"] == 2
+    says = (r"Stopped after step (\d+) of 1000000; all is saved. Go on with: "
+            r"torchrun --nproc_per_node 2 -m seqgpt.cli train --config two/config.yaml --resume")
+    going_on = re.search(says, said)
+    assert going_on, said
+    assert (tmp_path/f"two/checkpoints/checkpoint-{going_on[1]}").exists()
+    assert json.loads((tmp_path/"two/split.json").read_text())["processes"] == 2
 
 
-# --- Slurm: two machines, played by two processes of this one; the real torchrun, which starts a stand-in for the training
+# --- Slurm: two machines, played by two processes of this one; the real torchrun, which starts a stand-in for training
 
 TRAINING = """
 import os, signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(os.environ["ASKED"])))
-with open("calls", "a") as f: f.write(" ".join([os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"], *sys.argv[1:]]) + "\\n")
+call = [*map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_PORT")), *sys.argv[1:]]
+with open("calls", "a") as f: f.write(" ".join(call) + "\\n")
 while "ALONE" not in os.environ: time.sleep(0.05)
 sys.exit(int(os.environ["ALONE"]))
 """
-
+# srun starts its command twice, and passes a SIGTERM on
+SRUN = r"""
+trap "kill -TERM \$a \$b" TERM
+"$@" & a=$!
+"$@" & b=$!
+for p in $a $b; do
+    while kill -0 $p 2> /dev/null; do sleep 0.05 & wait $!; done
+    wait $p || code=$?
+done
+exit ${code:-0}
+"""
 
 @pytest.fixture
 def slurm(tmp_path):
-    "`slurm(torchrun=..., ...)` starts the script, where a training ends with the exit code ALONE by itself, with ASKED when it is told to."
+    """`slurm(torchrun=..., ...)` starts the script, where a training ends with the exit code ALONE by itself, with
+    ASKED when it is told to."""
+    job = dict(SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1")
     program(tmp_path, "scontrol", 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi')
-    program(tmp_path, "srun", 'trap "kill -TERM \\$a \\$b" TERM; "$@" & a=$!; "$@" & b=$!; for p in $a $b; do while kill -0 $p 2> /dev/null; do sleep 0.05 & wait $!; done; wait $p || code=$?; done; exit ${code:-0}')
+    program(tmp_path, "srun", SRUN)
     (tmp_path/"seqgpt").mkdir()
     for name, text in {"__init__.py": "", "cli.py": TRAINING}.items(): (tmp_path/"seqgpt"/name).write_text(text)
     def slurm(torchrun=None, **env):
         if torchrun: program(tmp_path, "torchrun", torchrun)
-        return start(tmp_path, "bash", SCALE/"slurm.sbatch", "--data_path", "data", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1", **env)
+        return start(tmp_path, "bash", SCALE/"slurm.sbatch", "--data_path", "data", **job, **env)
     return slurm
 
 
 def test_slurm(slurm, tmp_path):
-    "Each machine starts its process, the processes know each other, and are told to stop; then the job is queued again."
-    asked = dict(line.split()[1].partition("=")[::2] for line in (SCALE/"slurm.sbatch").read_text().splitlines() if line.startswith("#SBATCH"))
+    "Each machine starts its process, they know each other, and are told to stop; then the job is queued again."
+    lines = (SCALE/"slurm.sbatch").read_text().splitlines()
+    asked = dict(line.split()[1].partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
     assert asked["--signal"] == "B:TERM@120" and "--requeue" in asked
     job = slurm(PORT=free_port(), ASKED="130")
     wait_until(lambda: len(calls(tmp_path)) == 2, job)
-    (*one, port), (*other, same) = ([*call.split(" ", 3)[:2], *call.split(" ", 3)[3:], call.split()[2]] for call in sorted(calls(tmp_path)))
+    def parts(call):
+        rank, machines, port, command = call.split(" ", 3)
+        return port, [rank, machines, command]
+    (port, one), (same, other) = map(parts, sorted(calls(tmp_path)))
     assert [one, other] == [[rank, "2", "train --data_path data --resume"] for rank in "01"] and port == same
     job.send_signal(signal.SIGTERM)
     finish(job, 1)
@@ -121,8 +146,11 @@ def test_slurm(slurm, tmp_path):
 
 
 @pytest.mark.parametrize("torchrun, told, code, requeued", [
-    ("exit 0", None, 0, False), ("exit 1", None, 1, False), (STOPPED_BY.format("exit 0"), signal.SIGTERM, 0, False), (STOPPED_BY.format("exit 1"), signal.SIGUSR1, 1, True)],
-    ids=["finished", "failed", "finished when told to stop", "stopped"])
+    pytest.param("exit 0", None, 0, False, id="finished"),
+    pytest.param("exit 1", None, 1, False, id="failed"),
+    pytest.param(STOPPED_BY.format("exit 0"), signal.SIGTERM, 0, False, id="finished when told to stop"),
+    pytest.param(STOPPED_BY.format("exit 1"), signal.SIGUSR1, 1, True, id="stopped"),
+])
 def test_slurm_queues_again_what_was_stopped_only(torchrun, told, code, requeued, slurm, tmp_path):
     job = slurm(torchrun)
     if told:
@@ -130,7 +158,9 @@ def test_slurm_queues_again_what_was_stopped_only(torchrun, told, code, requeued
         job.send_signal(told)
     finish(job, code)
     assert (tmp_path/"requeued").exists() == requeued
-    if told: assert calls(tmp_path) == ["--nnodes 2 --nproc_per_node 1 --rdzv_id 7 --rdzv_backend c10d --rdzv_endpoint localhost:20007 -m seqgpt.cli train --data_path data --resume"]*2
+    call = ("--nnodes 2 --nproc_per_node 1 --rdzv_id 7 --rdzv_backend c10d --rdzv_endpoint localhost:20007 "
+            "-m seqgpt.cli train --data_path data --resume")
+    if told: assert calls(tmp_path) == [call]*2
 
 
 # --- a machine that may be taken away
@@ -160,10 +190,12 @@ def test_spot_starts_again(spot, tmp_path):
     machine = spot(STOPPED_BY.format("echo all is saved; exit 130"))
     for n in (1, 2):
         wait_until(lambda: len(calls(tmp_path)) == n, machine)
-        (lambda pid: os.kill(pid, signal.SIGTERM))(child(machine.pid) if n == 1 else machine.pid)
+        os.kill(child(machine.pid) if n == 1 else machine.pid, signal.SIGTERM)
     assert finish(machine) == "Stopped; all is saved in spot/outputs.\n"*2
-    assert calls(tmp_path) == ["-m seqgpt.cli train --data_path data --output_dir spot/outputs --cache_dir spot/cache --resume"]*2
-    assert finish(spot("exit 0")) == finish(spot("echo seqgpt train: spot/outputs: the run is finished, after 9 steps; exit 2")) == "Finished: spot/outputs\n"
+    call = "-m seqgpt.cli train --data_path data --output_dir spot/outputs --cache_dir spot/cache --resume"
+    assert calls(tmp_path) == [call]*2
+    finished = "echo seqgpt train: spot/outputs: the run is finished, after 9 steps; exit 2"
+    assert finish(spot("exit 0")) == finish(spot(finished)) == "Finished: spot/outputs\n"
 
 
 def test_spot_takes_notice(spot, tmp_path):
@@ -171,17 +203,19 @@ def test_spot_takes_notice(spot, tmp_path):
     wait_until(lambda: calls(tmp_path), machine)
     (tmp_path/"notice").touch()
     assert finish(machine) == "Stopped; all is saved in spot/outputs.\n"
-    assert "Stopped before it had saved" in finish(spot(STOPPED_BY.format("exit 143"), NOTICE="test -e notice"), 1) # at its start; nothing is lost
+    early = spot(STOPPED_BY.format("exit 143"), NOTICE="test -e notice") # at its start; nothing is lost
+    assert "Stopped before it had saved" in finish(early, 1)
 
 
 def test_spot_gives_up(spot):
     "On mistakes at once, on failures after three."
     assert finish(spot("echo a mistake; exit 2"), 2) == "a mistake\n"
-    assert finish(spot("echo out of memory; exit 1"), 1) == "out of memory\n"*3 + "Failed 3 times; see spot/train.log.\n"
+    failed = finish(spot("echo out of memory; exit 1"), 1)
+    assert failed == "out of memory\n"*3 + "Failed 3 times; see spot/train.log.\n"
 
 
 def test_fsdp():
-    "Accelerate takes all that stands in the file, and the block is one of the model's."
+    "Accelerate takes everything in the file, and the block is one of the model's."
     from accelerate.commands.config.config_args import load_config_from_file
     from transformers.models.gpt2 import modeling_gpt2
     found = load_config_from_file(str(SCALE/"fsdp.yaml"))
@@ -200,7 +234,8 @@ def test_measuring_on_one_gpu(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == (tmp_path/"out.json").read_text()
     head, *lines = map(json.loads, (tmp_path/"out.json").read_text().splitlines())
     assert head["activation_function"] == "gelu_pytorch_tanh" and head["matrix_flops"] > 1e6
-    assert [(r["model"], r["batch"], r["steps"]) for r in lines] == [("tiny", 1, 2), ("tiny", 2, 2), ("small", 1, 2), ("small", 2, 2)]
+    rows = [(r["model"], r["batch"], r["steps"]) for r in lines]
+    assert rows == [("tiny", 1, 2), ("tiny", 2, 2), ("small", 1, 2), ("small", 2, 2)]
 
 
 def test_measured_model_is_that_of_seqgpt(monkeypatch):
@@ -210,5 +245,7 @@ def test_measured_model_is_that_of_seqgpt(monkeypatch):
 
     from seqgpt.model import make_config
     from seqgpt.tokenizer import make_tokenizer
-    ours, theirs = make_config(make_tokenizer(VOCAB, "test"), 64, 2, 2, 32).to_dict(), measure.build(measure.TINY["tiny"], len(VOCAB), 64).config.to_dict()
-    assert {k for k in ours if ours[k] != theirs.get(k)} <= {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "architectures"}
+    ours = make_config(make_tokenizer(VOCAB, "test"), 64, 2, 2, 32).to_dict()
+    theirs = measure.build(measure.TINY["tiny"], len(VOCAB), 64).config.to_dict()
+    may_differ = {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "architectures"}
+    assert {k for k in ours if ours[k] != theirs.get(k)} <= may_differ

@@ -9,7 +9,9 @@ import pytest
 import torch
 from browser import launched, tab
 from playwright.sync_api import expect
-from test_page import BREAKS, DIGITS, MELODY, added, bars, given, goes, greedy, percent, talker, true_bars
+from test_page import (
+    BREAKS, DIGITS, MELODY, added, bars, centre, given, goes, greedy, percent, talker, true_bars,
+)
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from seqgpt.classification import predict
@@ -27,9 +29,14 @@ CLASSES = ["</ul><b>", "ja zz", *"23456789"]
 def made():
     "The same two models with two vocabularies."
     model = talker()
-    config = GPT2Config(vocab_size=len(MELODY), n_positions=80, n_layer=1, n_head=2, n_embd=16, initializer_range=1.0, pad_token_id=3, id2label=dict(enumerate(CLASSES)), label2id={c: k for k, c in enumerate(CLASSES)})
+    names = dict(enumerate(CLASSES))
+    config = GPT2Config(vocab_size=len(MELODY), n_positions=80, n_layer=1, n_head=2, n_embd=16, initializer_range=1.0,
+                        pad_token_id=3, id2label=names, label2id={c: k for k, c in names.items()})
     classifier = GPT2ForSequenceClassification(config).eval()
-    return {name: SimpleNamespace(model=model, classifier=classifier, vocab=vocab, tokenizer=make_tokenizer({s: i for i, s in enumerate(vocab)})) for name, vocab in (("digits", DIGITS), ("melody", MELODY))}
+    def with_vocab(vocab):
+        tokenizer = make_tokenizer({s: i for i, s in enumerate(vocab)})
+        return SimpleNamespace(model=model, classifier=classifier, vocab=vocab, tokenizer=tokenizer)
+    return {"digits": with_vocab(DIGITS), "melody": with_vocab(MELODY)}
 
 
 @pytest.fixture
@@ -71,10 +78,13 @@ def served(made, page, ready="Ready.", key=None):
 
 def hold(engine, steps):
     "Lets the engine make so many more steps, and from then on only do other work, until its own `turn` is back."
-    turn, last = engine.turn, engine.steps + steps
+    turn = engine.turn
+    last = engine.steps + steps
     def held():
         if engine.steps < last: turn()
-        elif engine.work: (job := engine.work.popleft())[0].set_result(job[1]())
+        elif engine.work:
+            future, call = engine.work.popleft()
+            future.set_result(call())
         else: time.sleep(0.005)
     engine.turn = held
 
@@ -88,7 +98,7 @@ def left(page, continuations):
 
 
 def behind(made, page, tokens):
-    "Waits for the bars of what comes behind given tokens."
+    "Waits for the bars of what comes after given tokens."
     expect(page.locator("#where")).to_have_text(f"Token {len(tokens) + 1}, behind {tokens[-1]}")
     return next_logits(made.model, encode_prompt(made.tokenizer, tokens))
 
@@ -96,7 +106,12 @@ def behind(made, page, tokens):
 def says(page, made, tokens):
     "The panel says what the classifier makes of a beginning."
     scores = predict(made.classifier, made.tokenizer, [tokens])[0]
-    expect(page.locator("#classes li")).to_have_text([f"{c}{percent(x)}" for c, x in zip(CLASSES, torch.tensor(scores).softmax(-1).tolist())])
+    classes = zip(CLASSES, torch.tensor(scores).softmax(-1).tolist())
+    expect(page.locator("#classes li")).to_have_text([f"{c}{percent(x)}" for c, x in classes])
+
+
+def press(page, *keys):
+    for k in keys: page.keyboard.press(k)
 
 
 def test_a_drawn_digit_is_continued_as_generate_does(digits, page):
@@ -105,19 +120,20 @@ def test_a_drawn_digit_is_continued_as_generate_does(digits, page):
         page.get_by_role("button", name="Clear").click()
         page.get_by_label("Rows given").fill("3")
         box = canvas.bounding_box()
-        at = lambda column, row: (box["x"] + box["width"]*(column + .5)/8, box["y"] + box["height"]*(row + .5)/8)
-        page.mouse.move(*at(2, 0))
+        page.mouse.move(*centre(box, 2, 0))
         page.mouse.down()
-        page.mouse.move(*at(2, 3), steps=5)
+        page.mouse.move(*centre(box, 2, 3), steps=5)
         page.mouse.up()
         page.get_by_label("Top-k").fill("9")
         page.get_by_label("Seed").fill("7")
         goes(page)
-        prompt, drawn = given(page), []
+        prompt = given(page)
+        drawn = []
         assert [s[6:] for s in prompt[2::8]] == ["g1"]*4 and len(prompt) == 32
         for way in range(4):
             page.get_by_label(f"Continuation {way + 1}").check()
-            sample = generate(digits.model, digits.tokenizer, [prompt], temperature=1, top_k=9, top_p=0.9, seed=7 + way)[0]
+            settings = dict(temperature=1, top_k=9, top_p=0.9)
+            sample = generate(digits.model, digits.tokenizer, [prompt], seed=7 + way, **settings)[0]
             drawn.append(sample.tokens[32:])
             assert added(page) == drawn[-1] + ["…"]*(not sample.finished)
             says(page, digits, sample.tokens[:78]) # with <bos> and <eos> there is room for no more
@@ -130,16 +146,16 @@ def test_a_drawn_digit_is_continued_as_generate_does(digits, page):
 
 def test_keyboard_alone(digits, page):
     with served(digits, page):
-        press = lambda *keys: [page.keyboard.press(k) for k in keys]
         page.get_by_role("button", name="Clear").press("Enter")
-        press(*["Shift+Tab"]*3, "Home", "ArrowRight", "Shift+Tab", "ArrowDown", "ArrowRight", " ") # one row is given; a second with a pixel in it
+        # one row is given; a second with a pixel in it
+        press(page, *["Shift+Tab"]*3, "Home", "ArrowRight", "Shift+Tab", "ArrowDown", "ArrowRight", " ")
         expect(page.locator("#place")).to_have_text("Row 2, column 2: ink")
         prompt = [f"r00c0{k}g0" for k in range(8)] + [f"r01c0{k}g{int(k == 1)}" for k in range(8)]
         says(page, digits, prompt)
         expect(page.locator("#of")).to_contain_text("Of what is given")
         page.get_by_label("Temperature").press("Home")
         page.get_by_label("Rows given").focus()
-        press(*["Tab"]*4, "Enter")
+        press(page, *["Tab"]*4, "Enter")
         expect(page.get_by_role("status")).to_contain_text("Done: the most probable continuation")
         assert given(page) == prompt and added(page) == greedy(digits, prompt)
 
@@ -181,12 +197,14 @@ def test_bars_show_the_model_and_the_settings(melody, page):
         page.get_by_role("combobox").fill("C4 D4 C4")
         scores = behind(melody, page, ["C4", "D4", "C4"])
         for temperature, top_k, top_p in ((1, 0, 1), (2, 0, 0.5), (1.5, 6, 0.9)):
-            for name, value in (("Temperature", temperature), ("Top-k", top_k), ("Top-p", top_p)): page.get_by_label(name).fill(str(value))
+            for name, value in (("Temperature", temperature), ("Top-k", top_k), ("Top-p", top_p)):
+                page.get_by_label(name).fill(str(value))
             assert bars(page) == true_bars(melody, scores, temperature, top_k, top_p)
         page.get_by_label("Temperature").fill("0")
         new = goes(page)
         page.get_by_label("Top-k").fill("0")
-        page.get_by_label("Temperature").fill("2") # what streamed has only the most probable symbols; now there are all of them
+        # what streamed has only the most probable symbols; now there are all of them
+        page.get_by_label("Temperature").fill("2")
         for step in (0, 2, 5):
             page.get_by_label("Step").fill(str(step))
             expected = true_bars(melody, behind(melody, page, ["C4", "D4", "C4", *new[:step]]), 2, 0, 0.9)
@@ -195,7 +213,10 @@ def test_bars_show_the_model_and_the_settings(melody, page):
 
 def test_it_shows_what_streams_and_stop_frees_the_place(digits, page):
     with served(digits, page) as service:
-        asked, at_once, may_answer, classify = [], [0], threading.Event(), service.classify
+        asked = []
+        at_once = [0]
+        may_answer = threading.Event()
+        classify = service.classify
         async def counted(body):
             asked.append(body)
             at_once.append(at_once[-1] + 1)
@@ -242,8 +263,10 @@ def test_a_later_run_ends_an_earlier_one(digits, page):
         left(page, first)
         del service.engine.turn
         expect(page.get_by_role("status")).to_contain_text("Done")
-        assert added(page) != [] and page.get_by_label("Seed").input_value() == "2"
-        assert added(page)[:-1] == generate(digits.model, digits.tokenizer, [given(page)], top_p=0.9, seed=2)[0].tokens[32:][:len(added(page)) - 1]
+        assert page.get_by_label("Seed").input_value() == "2"
+        new = added(page)[:-1]
+        expected = generate(digits.model, digits.tokenizer, [given(page)], top_p=0.9, seed=2)[0].tokens[32:]
+        assert added(page) != [] and new == expected[:len(new)]
 
 
 def test_any_sequence_and_hostile_symbols(melody, page):
@@ -260,13 +283,15 @@ def test_any_sequence_and_hostile_symbols(melody, page):
         field.fill("C4 H9")
         expect(page.get_by_role("alert")).to_have_text("Symbol 2, H9, is not in the vocabulary.")
         field.fill("C4 D")
-        assert page.locator("#completions option").evaluate_all("all => all.map(o => o.value)") == ["C4 D4"]
-        page.locator("#bars button").first.click() # the one behind what could be read last
+        options = page.locator("#completions option")
+        assert options.evaluate_all("all => all.map(o => o.value)") == ["C4 D4"]
+        page.locator("#bars button").first.click() # the one after what could be read last
 
 
 def test_a_key_is_asked_for_and_kept_while_the_tab_is_open(melody, page):
     with served(melody, page, ready="The server asks for a key.", key="swordfish"):
-        field, use = page.get_by_label("Key"), page.get_by_role("button", name="Use it")
+        field = page.get_by_label("Key")
+        use = page.get_by_role("button", name="Use it")
         expect(field).to_be_focused()
         field.fill("mackerel")
         use.click()
@@ -284,29 +309,31 @@ def test_a_key_is_asked_for_and_kept_while_the_tab_is_open(melody, page):
         page.wrong.clear() # browsers note each refusal on their console
 
 
+LOST = "The connection to the server is lost. Is it still running? Try again."
+
+
+def is_busy(response): return response.url.endswith("/v1/classify") and response.status == 429
+
+
 def test_what_goes_wrong_is_said(melody, page):
+    def says_status(text): expect(page.get_by_role("status")).to_have_text(text)
+    def full(some): raise Busy
+    go = page.get_by_role("button", name="Continue", exact=True)
     with served(melody, page) as service:
-        status, say = page.get_by_role("status"), lambda text: expect(status).to_have_text(text)
-        go = page.get_by_role("button", name="Continue", exact=True)
-        def full(some): raise Busy
         service.engine.submit = full
         go.click()
-        say("The server has too much to do just now. Try again in 1 second.")
+        says_status("The server has too much to do just now. Try again in 1 second.")
         del service.engine.submit
         goes(page)
 
         page.get_by_label("Seed").evaluate("seed => seed.value = -2")
         go.click()
-        say("The server says: seed: Input should be greater than or equal to -1.")
+        says_status("The server says: seed: Input should be greater than or equal to -1.")
         page.get_by_label("Seed").fill("1")
 
-        choose, steps = service.engine.choose, service.engine.steps
-        def fails(logits):
-            if service.engine.steps - steps < 6: return choose(logits)
-            raise RuntimeError("on purpose")
-        service.engine.choose = fails
+        fail_after(service.engine, 6)
         go.click()
-        say("The server says: The model failed; the log of the server says how.")
+        says_status("The server says: The model failed; the log of the server says how.")
         assert len(added(page)) == 6 # five, and that it would go on: what was there stays
         del service.engine.choose
         goes(page)
@@ -315,17 +342,27 @@ def test_what_goes_wrong_is_said(melody, page):
         page.get_by_role("combobox").fill("C4 D4")
         behind(melody, page, ["C4", "D4"])
         for _ in range(2): # it asks again and again, the second time certainly about these
-            with page.expect_response(lambda r: r.url.endswith("/v1/classify") and r.status == 429): pass
+            with page.expect_response(is_busy): pass
         expect(page.locator("#of")).to_contain_text("Of continuation 1, as far as it is shown") # still that of before
         del service.engine.do
         says(page, melody, ["C4", "D4"]) # it was asked again
 
         page.route("**/v1/completions", lambda route: route.fulfill(body='data: {"choices": []}\n\n')) # and no more
         go.click()
-        say("The connection to the server is lost. Is it still running? Try again.")
+        says_status(LOST)
         page.unroute("**/v1/completions")
         goes(page)
     page.wrong.clear()
+
+
+def fail_after(engine, n):
+    "The model fails after `n` more steps."
+    choose = engine.choose
+    steps = engine.steps
+    def fails(logits):
+        if engine.steps - steps < n: return choose(logits)
+        raise RuntimeError("on purpose")
+    engine.choose = fails
 
 
 def test_a_server_that_is_gone(digits, page):
@@ -334,7 +371,7 @@ def test_a_server_that_is_gone(digits, page):
         expect(page.get_by_role("status")).to_have_text("Ready.")
         assert page.locator("#opinion").is_hidden() # there is no classifier
     page.get_by_role("button", name="Continue", exact=True).click()
-    expect(page.get_by_role("status")).to_have_text("The connection to the server is lost. Is it still running? Try again.")
+    expect(page.get_by_role("status")).to_have_text(LOST)
     expect(page.get_by_role("button", name="Continue", exact=True)).to_be_enabled()
     page.wrong.clear()
 

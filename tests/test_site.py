@@ -32,7 +32,9 @@ def site(forks, once):
 @pytest.fixture(scope="module")
 def pages(site):
     "The pages of the site, read: name to soup."
-    return {str(path.relative_to(site)): BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in sorted(site.rglob("*.html")) if "_static" not in path.parts}
+    files = [path for path in sorted(site.rglob("*.html")) if "_static" not in path.parts]
+    def soup(path): return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+    return {str(path.relative_to(site)): soup(path) for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,10 @@ def chromium():
     with launched() as running: yield running
 
 
-def notebooks(): return sorted(str(p.relative_to(ROOT/"nbs").with_suffix(".html")) for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+def notebooks():
+    "The pages made from notebooks."
+    files = [p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
+    return sorted(str(p.relative_to(ROOT/"nbs").with_suffix(".html")) for p in files)
 
 
 def test_each_notebook_is_a_page_with_its_outputs(pages):
@@ -61,7 +66,8 @@ def test_each_notebook_is_a_page_with_its_outputs(pages):
 
 def test_every_link_leads_somewhere(site, pages):
     anchors = {site/name: {tag["id"] for tag in page.find_all(id=True)} for name, page in pages.items()}
-    for path, page in ((site/name, page) for name, page in pages.items()):
+    for name, page in pages.items():
+        path = site/name
         for tag, key in [(t, k) for k in ("href", "src") for t in page.find_all(**{k: True})]:
             url, anchor = urldefrag(tag[key])
             if url.startswith(("https://", "data:", "mailto:")): continue
@@ -73,7 +79,8 @@ def test_every_link_leads_somewhere(site, pages):
 def test_symbols_in_backticks_are_links(pages):
     import importlib
     modules = [importlib.import_module(f"seqgpt.{p.stem}") for p in (ROOT/"seqgpt").glob("[a-z]*.py")]
-    names = {name for module in modules for name in module.__all__ if getattr(getattr(module, name), "__name__", "") == name}
+    def named_so(module, name): return getattr(getattr(module, name), "__name__", "") == name
+    names = {name for module in modules for name in module.__all__ if named_so(module, name)}
     linked = set()
     for name in notebooks():
         for code in pages[name].select("article code.literal"):
@@ -94,7 +101,9 @@ def test_every_exported_symbol_has_a_table_and_its_source(site, pages):
 
 def test_every_picture_says_what_is_seen(pages):
     for name in notebooks():
-        for picture in pages[name].select("article img"): assert len(picture.get("alt", "")) > 10 and "_images/" not in picture["alt"], f"{name}: {picture['src']} {picture.get('alt')}"
+        for picture in pages[name].select("article img"):
+            alt = picture.get("alt", "")
+            assert len(alt) > 10 and "_images/" not in alt, f"{name}: {picture['src']} {alt}"
 
 
 def test_machines_find_the_pages(site):
@@ -107,7 +116,8 @@ def test_machines_find_the_pages(site):
 def test_pages_hold_together_in_a_browser(pages, address, chromium):
     broken = "[...document.images].filter(i => !i.complete || i.naturalWidth == 0).map(i => i.src)"
     wide = "document.documentElement.scrollWidth - innerWidth"
-    both = {"index.html", "03_model.html", "tutorials/inside.html"} # are seen in both themes, the other notebooks in one of them in turn
+    # these are seen in both themes, the other notebooks in one of them in turn
+    both = {"index.html", "03_model.html", "tutorials/inside.html"}
     widths = [1440, 360]
     with tab(chromium, viewport={"width": 1440, "height": 900}) as page:
         for k, theme in enumerate(("light", "dark")):
@@ -143,14 +153,15 @@ def test_menus_open_on_a_phone(address, chromium):
 
 def test_answers_are_folded(pages):
     for name in notebooks():
-        page = pages[name]
-        if exercises := page.find("section", id="exercises"):
-            answers = exercises.select_one("details.hide")
-            assert "Show the answers" in answers.get_text() and not [out for out in exercises.select("div.cell_output") if not out.find_parent("details")], name
+        exercises = pages[name].find("section", id="exercises")
+        if not exercises: continue
+        assert "Show the answers" in exercises.select_one("details.hide").get_text(), name
+        assert not [out for out in exercises.select("div.cell_output") if not out.find_parent("details")], name
 
 
 def test_search_and_copy_and_theme(address, chromium):
-    with tab(chromium, viewport={"width": 1440, "height": 900}, permissions=["clipboard-read", "clipboard-write"]) as page:
+    allowed = ["clipboard-read", "clipboard-write"]
+    with tab(chromium, viewport={"width": 1440, "height": 900}, permissions=allowed) as page:
         page.goto(address)
         page.keyboard.press("Control+k")
         page.locator("input[type=search]:focus").wait_for()
@@ -162,7 +173,8 @@ def test_search_and_copy_and_theme(address, chromium):
         cell = page.locator("div.highlight", has_text="vocab = {").first
         cell.hover()
         cell.locator("button.copybtn").click()
-        page.wait_for_function("text => navigator.clipboard.readText().then(copied => copied.trim() == text)", arg=cell.locator("pre").inner_text().strip())
+        page.wait_for_function("text => navigator.clipboard.readText().then(copied => copied.trim() == text)",
+                               arg=cell.locator("pre").inner_text().strip())
         page.locator("button.theme-switch-button:visible").click()
         page.get_by_text("Dark", exact=True).click()
         page.locator("a.right-next").click()
@@ -179,10 +191,15 @@ def test_a_model_draws_on_the_site(address, chromium):
         page.context.set_offline(True) # no server any more
         page.get_by_role("button", name="Clear").tap()
         box = page.get_by_label("Drawing of 16 by 16 pixels").bounding_box()
-        for y in (0.1, 0.2, 0.3, 0.4): page.touchscreen.tap(box["x"] + box["width"]/2, box["y"] + box["height"]*y)
+        x = box["x"] + box["width"]/2
+        for y in (0.1, 0.2, 0.3, 0.4): page.touchscreen.tap(x, box["y"] + box["height"]*y)
         page.get_by_label("Temperature").fill("0")
         page.get_by_role("button", name="Continue").tap()
         page.get_by_role("status").filter(has_text="Done").wait_for()
-        given, drawn = (page.evaluate(f"document.getElementById('tokens').{child}.textContent").split() for child in ("firstChild", "lastChild"))
-        assert [s[:6] for s in given + drawn] == [f"r{r:02}c{c:02}" for r in range(16) for c in range(16)] # each pixel once, and the end after the last
-        assert len(given) == 128 and "r02c08g1" in given and "g1" in {s[6:] for s in drawn} and page.wrong == []
+        def symbols(child): return page.evaluate(f"document.getElementById('tokens').{child}.textContent").split()
+        given = symbols("firstChild")
+        drawn = symbols("lastChild")
+        # each pixel once, and the end after the last
+        assert [s[:6] for s in given + drawn] == [f"r{r:02}c{c:02}" for r in range(16) for c in range(16)]
+        assert len(given) == 128 and "r02c08g1" in given and "g1" in {s[6:] for s in drawn}
+        assert page.wrong == []

@@ -1,4 +1,5 @@
-"Training in 16 bits, with Muon, on sequences of unequal lengths: little padding, weights in 32 bits. (That it is resumed exactly is tested in test_crashes.py.)"
+"""Training in 16 bits, with Muon, on sequences of unequal lengths: little padding, weights in 32 bits. (That it is
+resumed exactly is tested in test_crashes.py.)"""
 import io
 import os
 import re
@@ -15,25 +16,26 @@ from transformers import TrainerCallback, TrainerState
 import seqgpt.data as D
 import seqgpt.model as M
 import seqgpt.training as T
-from seqgpt.checks import InputError
-from seqgpt.loading import load_model
-from seqgpt.markov import make_markov, write_markov
-from seqgpt.reports import training_split
-from seqgpt.tokenizer import make_tokenizer
+from seqgpt.corpora import make_markov, write_markov
+from seqgpt.evaluation import training_split
+from seqgpt.model import load_model
+from seqgpt.tokenizer import InputError, make_tokenizer
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("markov")
     write_markov(folder/"data", make_markov(symbols=16, branching=2, min_length=8, max_length=64), 160)
-    return T.Config(str(folder/"data"), output_dir=str(folder/"run"), cache_dir=str(folder/"cache"), max_length=64, num_epochs=2, precision="bf16", eval_steps=32,
-                    optimizer="muon", learning_rate=3e-3, n_layer=1, n_head=2, n_embd=16)
+    return T.Config(str(folder/"data"), output_dir=str(folder/"run"), cache_dir=str(folder/"cache"), max_length=64,
+                    num_epochs=2, precision="bf16", eval_steps=32, optimizer="muon", learning_rate=3e-3, n_layer=1,
+                    n_head=2, n_embd=16)
 
 
 @pytest.fixture(scope="module")
 def run(config):
     "A run, with the batches that it computed on: those of 32 steps, 16 in an epoch, are to learn from."
-    batches, collate = [], T.collate
+    batches = []
+    collate = T.collate
     def count(rows, **kwargs):
         batches.append(collate(rows, **kwargs))
         return batches[-1]
@@ -43,11 +45,13 @@ def run(config):
 
 
 def test_batches_are_hardly_padded_and_come_in_another_order_in_each_epoch(config, run):
-    steps, pad = run[1][:32], T.load_vocab(config).pad_token_id
+    steps = run[1][:32]
+    pad = T.load_vocab(config).pad_token_id
     assert sum((b["input_ids"] == pad).sum() for b in steps) / sum(b["input_ids"].numel() for b in steps) < 0.05
-    first, second = ([tuple(row.tolist()) for b in part for row in b["input_ids"]] for part in (steps[:16], steps[16:]))
-    bare = lambda rows: [tuple(i for i in row if i != pad) for row in rows]
-    assert sorted(bare(first)) == sorted(bare(second)) and bare(first) != bare(second)
+    def bare(batches): return [tuple(i for i in row.tolist() if i != pad) for b in batches for row in b["input_ids"]]
+    first = bare(steps[:16])
+    second = bare(steps[16:])
+    assert sorted(first) == sorted(second) and first != second
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -55,11 +59,15 @@ def test_the_loss_of_a_batch_does_not_depend_on_padding(config, precision, tmp_p
     tokenizer = T.load_vocab(config)
     rows = [{"input_ids": ids} for ids in T.load_data(config, tokenizer)[0].dataset[:2]["input_ids"]]
     model = T.new_model(T.make_config(tokenizer, 64, 1, 2, 16), seed=0).eval()
-    trainer = T.SequenceTrainer(model, T.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), half=precision == "bf16")
+    arguments = T.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = T.QuickTrainer(model, arguments, half=precision == "bf16")
     batch = T.collate(rows, tokenizer.pad_token_id)
-    wider = {name: torch.nn.functional.pad(t, (0, 9), value={"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}[name]) for name, t in batch.items()}
+    padding = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
+    wider = {name: torch.nn.functional.pad(t, (0, 9), value=padding[name]) for name, t in batch.items()}
     assert "attention_mask" in batch
-    assert torch.isclose(trainer.compute_loss(model, dict(batch)), trainer.compute_loss(model, dict(wider)), rtol=1e-3 if precision == "bf16" else 1e-6)
+    tolerance = 1e-3 if precision == "bf16" else 1e-6
+    losses = [trainer.compute_loss(model, dict(b)) for b in (batch, wider)]
+    assert torch.isclose(*losses, rtol=tolerance)
 
 
 def test_parameters_stay_in_32_bits(run):
@@ -72,7 +80,8 @@ def test_a_callback_may_stop_a_run_before_its_first_validation(config):
     class StopEarly(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = True
     early = T.train(replace(config, output_dir=config.output_dir + "_early"), [StopEarly()])
-    assert early.metrics["step"] == 1 and load_model(early.output_dir/"best_model") and load_model(early.output_dir/"final_model")
+    assert early.metrics["step"] == 1
+    assert load_model(early.output_dir/"best_model") and load_model(early.output_dir/"final_model")
 
 
 # --- progress
@@ -85,22 +94,25 @@ class Terminal(io.StringIO):
 def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(config, out, monkeypatch):
     class Shown(T.tqdm):
         seconds = 0
-        def __init__(self, *args, **kwargs): super().__init__(*args, disable=False, **kwargs) # in tests all are disabled
+        def __init__(self, *args, **kwargs): super().__init__(*args, disable=False, **kwargs) # in tests it is True
     monkeypatch.setattr(T, "tqdm", Shown)
     monkeypatch.setattr("sys.stderr", out())
-    T.train(replace(config, output_dir=f"{config.output_dir}_{out.__name__}", max_steps=4, eval_steps=2, logging_steps=2))
+    out_dir = f"{config.output_dir}_{out.__name__}"
+    T.train(replace(config, output_dir=out_dir, max_steps=4, eval_steps=2, logging_steps=2))
     said = sys.stderr.getvalue()
     if out is Terminal:
         assert re.search(r"\r100%\|#+\| 4/4 \[\d\d:\d\d<\d\d:\d\d, .*it/s, loss=\d\.\d+\]", said), said
     else:
-        assert "\r" not in said and re.search(r"^Step 4/4 \(100 %\), .*it/s, \d\d:\d\d left, loss=\d\.\d+$", said, re.M), said
+        assert "\r" not in said, said
+        assert re.search(r"^Step 4/4 \(100 %\), .*it/s, \d\d:\d\d left, loss=\d\.\d+$", said, re.M), said
         assert "\nValidating 0/4 (0 %)" in said
 
 
 def test_lines_come_every_half_minute(monkeypatch):
-    clock, log = [0.0], io.StringIO()
-    monkeypatch.setattr("seqgpt.data.time.monotonic", lambda: clock[0])
-    for k in D.tqdm(range(1000), desc="Counting", file=log, mininterval=0, miniters=1, disable=False): clock[0] = k/10
+    now = 0.0
+    log = io.StringIO()
+    monkeypatch.setattr("seqgpt.data.time.monotonic", lambda: now)
+    for k in D.tqdm(range(1000), desc="Counting", file=log, mininterval=0, miniters=1, disable=False): now = k/10
     assert [line.split()[1] for line in log.getvalue().splitlines()] == ["301/1000", "601/1000", "901/1000"]
 
 
@@ -110,7 +122,8 @@ def test_one_process_shows_progress(monkeypatch):
 
 
 def test_there_is_one_kind_of_progress_bar():
-    found = [p.name for p in Path(T.__file__).parent.glob("*.py") if re.search(r"^\s*(from|import) tqdm", p.read_text(), re.M)]
+    modules = Path(T.__file__).parent.glob("*.py")
+    found = [p.name for p in modules if re.search(r"^\s*(from|import) tqdm", p.read_text(), re.M)]
     assert found == ["data.py"]
 
 
@@ -118,17 +131,26 @@ def test_there_is_one_kind_of_progress_bar():
 
 def test_every_validation_has_the_loss_of_the_steps_before_it(config):
     "Also where nothing is due to be logged since the one before: here of steps 6 and 7."
-    runs = [T.train(replace(config, output_dir=f"{config.output_dir}_logged_{n}", max_steps=7, eval_steps=5, logging_steps=n)).history for n in (1, 5)]
+    def history(n):
+        out = f"{config.output_dir}_logged_{n}"
+        return T.train(replace(config, output_dir=out, max_steps=7, eval_steps=5, logging_steps=n)).history
+    runs = [history(n) for n in (1, 5)]
     losses = [log["loss"] for log in runs[0] if log.get("step") in (6, 7) and "loss" in log]
-    for history in runs: assert T.validation_metrics(history)["train_perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
+    for run in runs:
+        assert T.validation_metrics(run)["train_perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
 
 
 @pytest.mark.parametrize("validations, stops", [
     ([(3, 1.0), (2, 1.0), (1, 1.0)], True), # nothing left to learn, though the loss goes on falling
-    ([(3, 1.0), (2, 0.9), (1, 1.0)], False), ([(2, 1.0), (1, 1.0)], False),
-    ([(1, 0.5), (2, 0.5), (2, 0.5), (2, 0.6)], True), ([(2, 0.5), (1, 0.5), (2, 0.5), (2, 0.6)], False), ([], False)])
+    ([(3, 1.0), (2, 0.9), (1, 1.0)], False),
+    ([(2, 1.0), (1, 1.0)], False),
+    ([(1, 0.5), (2, 0.5), (2, 0.5), (2, 0.6)], True),
+    ([(2, 0.5), (1, 0.5), (2, 0.5), (2, 0.6)], False),
+    ([], False),
+])
 def test_a_classifier_stops_where_it_cannot_get_better(validations, stops):
-    state = TrainerState(log_history=[{"loss": 1.0, "step": 1}, *({"eval_loss": loss, "eval_accuracy": right, "eval_macro_f1": right} for loss, right in validations)])
+    logs = [{"eval_loss": loss, "eval_accuracy": right, "eval_macro_f1": right} for loss, right in validations]
+    state = TrainerState(log_history=[{"loss": 1.0, "step": 1}, *logs])
     preset = T.read_config(Path(T.__file__).with_name("classify.yaml"))
     assert preset.early_stopping_patience == 3 and T.out_of_patience(preset, state) == stops
     assert not T.out_of_patience(replace(preset, early_stopping_patience=0), state)
@@ -141,11 +163,13 @@ def test_a_language_model_stops_by_its_loss_alone():
 
 def test_a_model_to_be_shared_does_not_say_where_its_data_was(config, run, tmp_path):
     best = run[0].output_dir/"best_model"
-    files = [p for name in ("best_model", "final_model") for p in (run[0].output_dir/name).rglob("*") if p.is_file()]
+    folders = [run[0].output_dir/name for name in ("best_model", "final_model")]
+    files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
     assert os.path.isabs(config.data_path) and len(files) > 20
     assert not [p for p in files if str(Path(config.data_path).parent).encode() in p.read_bytes()]
     tokenizer = T.load_tokenizer(best)
-    assert training_split(best, tokenizer, config.cache_dir).validation["input_ids"][:] == T.load_data(config, tokenizer)[1].validation["input_ids"][:]
+    found = training_split(best, tokenizer, config.cache_dir)
+    assert found.validation["input_ids"][:] == T.load_data(config, tokenizer)[1].validation["input_ids"][:]
     assert T.start_from(T.Config(init_from=str(best))).data_path == config.data_path
     moved = shutil.copytree(best, tmp_path/"moved")
     with pytest.raises(InputError, match="data: no such file or folder"): training_split(moved, tokenizer)
@@ -171,13 +195,16 @@ def small_model(folder, symbols):
 
 def test_a_model_that_is_replaced_while_it_is_loaded_comes_with_its_own_tokenizer(tmp_path, monkeypatch):
     small_model(tmp_path/"best_model", "ab")
-    load, calls = M.load_tokenizer, []
+    load = M.load_tokenizer
+    others = []
     def replaced_first(folder):
-        if not calls: calls.append(small_model(folder, "ba"))
+        if not others: others.append(small_model(folder, "ba"))
+        return load(folder)
         return load(folder)
     monkeypatch.setattr(M, "load_tokenizer", replaced_first)
     model, tokenizer = M.load_folder(tmp_path/"best_model")
-    assert tokenizer.convert_ids_to_tokens([4, 5]) == ["b", "a"] and torch.equal(model.transformer.wte.weight, calls[0].transformer.wte.weight)
+    assert tokenizer.convert_ids_to_tokens([4, 5]) == ["b", "a"]
+    assert torch.equal(model.transformer.wte.weight, others[0].transformer.wte.weight)
 
 
 def test_a_model_that_is_taken_away_while_it_is_loaded(tmp_path, monkeypatch):
@@ -208,5 +235,6 @@ def test_what_was_made_of_a_model_is_kept_when_a_better_one_takes_its_place(conf
     (tmp_path/"best_model/onnx").mkdir()
     (tmp_path/"best_model/onnx/model.onnx").write_text("of the first two steps")
     T.train(replace(short, max_steps=4, resume=True))
-    assert not (tmp_path/"best_model/onnx").exists() and (tmp_path/"onnx_of_step_2/model.onnx").read_text() == "of the first two steps"
+    assert not (tmp_path/"best_model/onnx").exists()
+    assert (tmp_path/"onnx_of_step_2/model.onnx").read_text() == "of the first two steps"
     assert "onnx belongs to an earlier model" in capsys.readouterr().out
