@@ -19,7 +19,7 @@ from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 from sphinx.cmd.build import build_main
 
-from seqgpt.export import write_page
+from seqgpt.onnx_folder import write_page
 
 ROOT = Path(__file__).parent.parent
 TRY = 'Try one: <a href="digits.html">begin a digit</a>, and a small model continues it in your browser.'

@@ -145,12 +145,12 @@ def left_out(bare, drawn):
     """Leaves out what takes ten times as long as a few steps of a tiny model.
 
     `bare`: without the curves and everything after a training. Not `drawn`: the pictures are blank."""
-    from seqgpt.cli import measures
+    from seqgpt.commands import measures
     def blank(task): return measures(task)[0], lambda evaluation: matplotlib.figure.Figure()
     with contextlib.ExitStack() as stack:
-        if bare: stack.enter_context(patch("seqgpt.cli.show_run"))
-        if bare or not drawn: stack.enter_context(patch("seqgpt.training.save_curves"))
-        if not drawn: stack.enter_context(patch("seqgpt.cli.measures", blank))
+        if bare: stack.enter_context(patch("seqgpt.commands.show_run"))
+        if bare or not drawn: stack.enter_context(patch("seqgpt.plots.save_curves"))
+        if not drawn: stack.enter_context(patch("seqgpt.commands.measures", blank))
         yield
 
 

@@ -16,9 +16,10 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from seqgpt.checks import InputError
 from seqgpt.classification import predict
 from seqgpt.model import make_config, new_model
-from seqgpt.tokenizer import InputError, make_tokenizer, save_tokenizer
+from seqgpt.tokenizer import make_tokenizer, save_tokenizer
 
 TRAIN = ["train", "--task", "classification", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
 

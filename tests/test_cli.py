@@ -19,8 +19,8 @@ import yaml
 from conftest import NOTES, ROOT, TINY, VOCAB, installed, refused, seqgpt, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer
 
+from seqgpt.checks import InputError
 from seqgpt.corpora import write_digits
-from seqgpt.tokenizer import InputError
 
 RUN = ["train", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
 BEST = "outputs/best_model"
@@ -233,7 +233,7 @@ def test_num_prompts_takes_validation_sequences(trained, tmp_path):
 
 def test_without_a_seed_samples_differ(trained):
     from seqgpt.inference import generate
-    from seqgpt.model import load_model
+    from seqgpt.loading import load_model
     from seqgpt.tokenizer import load_tokenizer
     model = load_model(trained/BEST)
     tokenizer = load_tokenizer(trained/BEST)
@@ -296,7 +296,7 @@ TYPED = [ # and the symbols that are there then
 
 def test_interactive_shows_what_the_model_says_whatever_was_typed_before(trained):
     from seqgpt.inference import next_tokens, text_bars
-    from seqgpt.model import load_model
+    from seqgpt.loading import load_model
     from seqgpt.tokenizer import load_tokenizer
     model = load_model(trained/BEST)
     tokenizer = load_tokenizer(trained/BEST)
@@ -461,7 +461,8 @@ def test_names_of_other_tools_get_a_hint(name, ours, corpus):
 
 
 def test_hints_name_settings_that_are_there(corpus):
-    from seqgpt.cli import USUAL, VERBS, nearest
+    from seqgpt.arguments import USUAL, nearest
+    from seqgpt.cli import VERBS
     flags = {}
     for verb in VERBS:
         help = seqgpt(*verb.split(), "--help", cwd=corpus).stdout
@@ -509,7 +510,7 @@ def test_of_two_files_the_later_one_wins_and_fields_of_the_model_add_up(corpus, 
     (corpus/"a.yaml").write_text("n_embd: 16\nn_head: 4\nmodel: {n_inner: 24, resid_pdrop: 1e-1}\n")
     (corpus/"b.yaml").write_text("n_head: 2\nmodel: {layer_norm_epsilon: 1e-6, resid_pdrop: 2e-1}\n")
     given = []
-    monkeypatch.setattr("seqgpt.cli.train_command", lambda config, named: given.append(config))
+    monkeypatch.setattr("seqgpt.commands.train_command", lambda config, named: given.append(config))
     flags = ["--model.embd_pdrop", 0, "--n_layer", 1, "--config", "a.yaml",
              "--data_path", "data.jsonl", "--config=b.yaml"]
     result = seqgpt("train", *flags, cwd=corpus)
@@ -520,10 +521,9 @@ def test_of_two_files_the_later_one_wins_and_fields_of_the_model_add_up(corpus, 
 
 
 def test_settings_from_numpy_pytorch_and_pathlib(tmp_path):
-    from seqgpt.config import Config, read_config
-    from seqgpt.corpora import make_markov, write_markov
+    from seqgpt.config import Config, read_config, write_config
+    from seqgpt.markov import make_markov, write_markov
     from seqgpt.search import read_range
-    from seqgpt.training import write_config
     odd = Config(
         data_path=tmp_path/"d", output_dir=tmp_path/"o", max_length=np.int64(16), n_layer=torch.tensor(1),
         resume=np.bool_(True), learning_rate=np.float32(0.25), weight_decay=np.float64(0.5),
@@ -767,8 +767,8 @@ def reached(found, start, passed):
 
 def flags_of_verbs(cli, starts):
     "The flags that each verb takes."
-    from seqgpt.corpora import make_markov
-    from seqgpt.training import Config
+    from seqgpt.config import Config
+    from seqgpt.markov import make_markov
     more = {"train": [Config], "search": [Config], "corpus markov": [make_markov]}
     flags = {}
     for verb, name in starts.items():

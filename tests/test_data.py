@@ -19,11 +19,19 @@ from conftest import NOTES, TINY, VOCAB, refused, seqgpt, write_lines
 from matplotlib.colors import to_hex
 
 from seqgpt import data
-from seqgpt.corpora import make_markov, write_digits, write_markov
-from seqgpt.data import (CELL_COLOURS, collate, corpus_files, find_vocab, frame, given_split, plot_batch, read_corpus,
-                         split_corpus, stream_corpus, write_corpus)
-from seqgpt.tokenizer import InputError, make_tokenizer
-from seqgpt.training import Config, load_data, load_vocab
+from seqgpt.checks import InputError
+from seqgpt.config import Config
+from seqgpt.corpora import write_digits
+from seqgpt.data import collate, given_split, split_corpus
+from seqgpt.encoding import read_corpus
+from seqgpt.markov import make_markov, write_markov
+from seqgpt.plots import CELL_COLOURS, plot_batch
+from seqgpt.records import frame
+from seqgpt.resolving import load_data, load_vocab
+from seqgpt.sources import corpus_files, find_vocab
+from seqgpt.streaming import stream_corpus
+from seqgpt.tokenizer import make_tokenizer
+from seqgpt.writing import write_corpus
 
 FORMS = {
     "tokens": lambda t, l: {"tokens": t, "label": l},

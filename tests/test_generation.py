@@ -5,12 +5,14 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
 
-from seqgpt.evaluation import evaluate, score_sequences
-from seqgpt.inference import (
-    Decoder, chooser, encode_prompt, encode_sequence, generate, next_tokens, one_character_each, split_symbols, stream,
-)
+from seqgpt.checks import InputError
+from seqgpt.decoding import Decoder
+from seqgpt.evaluation import evaluate
+from seqgpt.inference import make_sampler, generate, next_tokens, stream
 from seqgpt.model import make_config, new_model
-from seqgpt.tokenizer import InputError, make_tokenizer
+from seqgpt.prompts import encode_prompt, encode_sequence, one_character_each, split_symbols
+from seqgpt.scores import score_sequences
+from seqgpt.tokenizer import make_tokenizer
 
 SYMBOLS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"{note}{octave}" for octave in range(1, 9) for note in "CDEFG")]
 VOCAB = {s: k for k, s in enumerate(SYMBOLS)}
@@ -151,7 +153,7 @@ def test_choosing_leaves_the_logits_alone():
     ids = torch.randint(4, len(VOCAB), (3, 5))
     for options in WAYS.values():
         before = logits.clone()
-        chosen = chooser(TOKENIZER, **options)(ids, logits)
+        chosen = make_sampler(TOKENIZER, **options)(ids, logits)
         assert torch.equal(before, logits)
         assert chosen.shape == (3,) and not {0, 1, 3} & set(chosen.tolist())
 
@@ -168,7 +170,7 @@ def test_generation_stops_when_all_have_ended(monkeypatch):
 def test_sequences_that_have_ended_get_padding():
     torch.manual_seed(0)
     start = torch.ones(5, 1, dtype=torch.long)
-    tokens = [*stream(Decoder(random_model()), start, chooser(TOKENIZER), TOKENIZER)]
+    tokens = [*stream(Decoder(random_model()), start, make_sampler(TOKENIZER), TOKENIZER)]
     rows = torch.stack(tokens, 1).tolist()
     ends = [row.index(2) for row in rows] # each has ended, and not all at once
     assert len(set(ends)) > 1 and max(ends) == len(rows[0]) - 1
@@ -177,7 +179,7 @@ def test_sequences_that_have_ended_get_padding():
 
 def test_choosing_gives_the_threads_back():
     before = torch.get_num_threads()
-    choose = chooser(TOKENIZER)
+    choose = make_sampler(TOKENIZER)
     torch.set_num_threads(before + 1)
     try:
         choose(torch.tensor([[1]]), torch.zeros(1, len(TOKENIZER)))

@@ -354,7 +354,7 @@ def test_a_foreign_source_that_could_be_is_found_out(tmp_path):
 
 
 def test_a_model_far_from_the_floor_stays_in_the_picture():
-    from seqgpt.evaluation import plot_positions
+    from seqgpt.plots import plot_positions
     def scores(nats): return SimpleNamespace(by_position=np.array([[6, *[nats]*30], [0]*31, [1]*31], float))
     for nats in (4.0, 900.0):
         ax = Figure().subplots()

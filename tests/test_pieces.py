@@ -17,7 +17,8 @@ import torch
 from conftest import NOTES, VOCAB
 
 import seqgpt.data as D
-from seqgpt.tokenizer import InputError, make_tokenizer
+from seqgpt.checks import InputError
+from seqgpt.tokenizer import make_tokenizer
 
 TOKENIZER = make_tokenizer(VOCAB)
 KINDS = ("lines", "gzip", "parquet")
@@ -271,7 +272,7 @@ def test_helpers_report_what_is_broken_and_leave_no_warning(tmp_path):
     process = encode(tmp_path)
     out, err = process.communicate(timeout=600)
     assert process.returncode and "Is it complete?" in err, err
-    assert err.strip().splitlines()[-1].startswith("seqgpt.config.InputError: a/9.jsonl.gz, after line"), err
+    assert err.strip().splitlines()[-1].startswith("seqgpt.checks.InputError: a/9.jsonl.gz, after line"), err
     assert "a helper speaks" in out and "warn" not in err.lower(), err
     assert all_gone(process.pid) and not [*(tmp_path/"cache").glob(".*.part")]
 
@@ -308,7 +309,7 @@ def test_of_the_processes_of_a_run_one_says_that_it_waits(rank, said, tmp_path, 
         if not blocking: raise D.Timeout(lock.lock_file)
         return acquire(lock)
     monkeypatch.setattr(D.FileLock, "acquire", is_taken)
-    with D.alone(tmp_path/"lock", "waiting", wait=True): pass
+    with D.locked(tmp_path/"lock", "waiting", wait=True): pass
     assert capsys.readouterr().out == said
 
 
@@ -343,12 +344,12 @@ def test_a_sequence_is_on_the_same_side_wherever_it_is(read, tmp_path):
 def test_a_larger_share_holds_the_smaller_one_and_seeds_are_independent():
     generator = torch.Generator().manual_seed(0)
     digests = torch.randint(-2**63, 2**63 - 1, (50_000,), generator=generator).numpy()
-    small = D.set_aside(digests, 0.1, 1)
-    large = D.set_aside(digests, 0.3, 1)
-    other = D.set_aside(digests, 0.1, 2)
+    small = D.split_by_hash(digests, 0.1, 1)
+    large = D.split_by_hash(digests, 0.3, 1)
+    other = D.split_by_hash(digests, 0.1, 2)
     assert (small <= large).all()
     assert abs(small.mean() - 0.1) < 0.01 and abs((small & other).mean() - 0.01) < 0.003
-    assert not D.set_aside(digests, 0.0, 1).any() and D.set_aside(digests, 1.0, 1).all()
+    assert not D.split_by_hash(digests, 0.0, 1).any() and D.split_by_hash(digests, 1.0, 1).all()
 
 
 def test_the_sample_is_drawn_as_ever(read, tmp_path):

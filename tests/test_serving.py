@@ -28,10 +28,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_page import MELODY, talker, talking
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from seqgpt.export import OnnxModel
+from seqgpt.checks import InputError
 from seqgpt.inference import generate
-from seqgpt.serving import ARRIVAL, HEADERS, Service, make_app, running, server_for
-from seqgpt.tokenizer import InputError, make_tokenizer, save_tokenizer
+from seqgpt.onnx_models import OnnxModel
+from seqgpt.service import Service
+from seqgpt.serving import ARRIVAL, HEADERS, make_app, running, server_for
+from seqgpt.tokenizer import make_tokenizer, save_tokenizer
 
 BOS = 1
 EOS = 8

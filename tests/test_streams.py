@@ -8,7 +8,8 @@ import pytest
 from conftest import NOTES, TINY, write_lines
 from test_crashes import history, write_shards
 
-from seqgpt.training import Config, load_data, load_vocab
+from seqgpt.config import Config
+from seqgpt.resolving import load_data, load_vocab
 
 RUN = ["train", *TINY, "--data_path", "shards", "--cache_dir", "cache", "--streaming", "--max_length", 12,
        "--max_steps", 10, "--eval_steps", 4, "--logging_steps", 3, "--validation_fraction", 0.3, "--batch_size", 4,

@@ -16,10 +16,11 @@ from transformers import TrainerCallback, TrainerState
 import seqgpt.data as D
 import seqgpt.model as M
 import seqgpt.training as T
-from seqgpt.corpora import make_markov, write_markov
-from seqgpt.evaluation import training_split
-from seqgpt.model import load_model
-from seqgpt.tokenizer import InputError, make_tokenizer
+from seqgpt.checks import InputError
+from seqgpt.loading import load_model
+from seqgpt.markov import make_markov, write_markov
+from seqgpt.reports import training_split
+from seqgpt.tokenizer import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_the_loss_of_a_batch_does_not_depend_on_padding(config, precision, tmp_p
     rows = [{"input_ids": ids} for ids in T.load_data(config, tokenizer)[0].dataset[:2]["input_ids"]]
     model = T.new_model(T.make_config(tokenizer, 64, 1, 2, 16), seed=0).eval()
     arguments = T.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    trainer = T.QuickTrainer(model, arguments, half=precision == "bf16")
+    trainer = T.SequenceTrainer(model, arguments, half=precision == "bf16")
     batch = T.collate(rows, tokenizer.pad_token_id)
     padding = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
     wider = {name: torch.nn.functional.pad(t, (0, 9), value=padding[name]) for name, t in batch.items()}
