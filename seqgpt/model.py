@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'KINDS', 'NEW_ROWS', 'block_shapes', 'label_fields', 'make_config', 'new_model', 'exact_loss',
            'count_parameters', 'causal_attention', 'keep_memory', 'Dropout', 'quicken', 'saved_config', 'task_of',
            'check_task', 'load_model', 'model_version', 'load_folder', 'known_rows', 'take_over', 'learn_in_part',
-           'merged']
+           'merged', 'Block', 'PlainGPT']
 
 # %% ../nbs/03_model.ipynb #36a1d6c6
 import contextlib
@@ -321,3 +321,47 @@ def merged(
     whole = exact_loss(type(model)(model.config)).eval()
     whole.load_state_dict(weights)
     return whole
+
+# %% ../nbs/03_model.ipynb #5f3a9c12
+class Block(torch.nn.Module):
+    "Attention and feed-forward, each after a norm and added to what came in."
+    def __init__(self,
+        config: GPT2Config, # Of the model
+    ):
+        super().__init__()
+        n_embd = config.n_embd
+        self.n_head = config.n_head
+        self.drop = torch.nn.Dropout(config.resid_pdrop)
+        self.norm1 = torch.nn.LayerNorm(n_embd)
+        self.qkv = torch.nn.Linear(n_embd, 3*n_embd)
+        self.out = torch.nn.Linear(n_embd, n_embd)
+        self.norm2 = torch.nn.LayerNorm(n_embd)
+        self.up = torch.nn.Linear(n_embd, 4*n_embd)
+        self.down = torch.nn.Linear(4*n_embd, n_embd)
+
+    def forward(self, x): # (batch, tokens, dimensions), and so is the result
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.n_head, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4) # each (batch, heads, tokens, dimensions of a head)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.drop(self.out(mixed.transpose(1, 2).flatten(2)))
+        return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")))
+
+# %% ../nbs/03_model.ipynb #5f3a9c14
+class PlainGPT(torch.nn.Module):
+    "GPT-2 in PyTorch alone."
+    def __init__(self,
+        config: GPT2Config, # Of the model
+    ):
+        super().__init__()
+        self.tokens = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = torch.nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = torch.nn.Dropout(config.embd_pdrop)
+        self.blocks = torch.nn.Sequential(*(Block(config) for _ in range(config.n_layer)))
+        self.norm = torch.nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if p.ndim == 2: torch.nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"): torch.nn.init.zeros_(p)
+
+    def forward(self, ids): # (batch, tokens) to logits (batch, tokens, symbols)
+        x = self.drop(self.tokens(ids) + self.positions.weight[:ids.shape[1]])
+        return self.norm(self.blocks(x)) @ self.tokens.weight.T
