@@ -377,7 +377,7 @@ def test_hints_name_settings_that_are_there(corpus):
     assert nearest("max_length", flags["infer"]) == "max_new_tokens" and nearest("out_dir", flags["train"]) == "output_dir"
 
 
-BOTH = {"train": ("n_embd", 32, 16), "search": ("trials", 3, 4), "infer": ("top", 3, 4), "evaluate": ("batch_size", 3, 4), "serve": ("port", 3, 4), "bench": ("rounds", 3, 4),
+BOTH = {"train": ("n_embd", 32, 16), "search": ("trials", 3, 4), "infer": ("top", 3, 4), "evaluate": ("batch_size", 3, 4), "serve": ("port", 3, 4),
         "export": ("data_path", "a", "b"), "corpus digits": ("image_size", 8, 9), "corpus markov": ("order", 1, 2), "corpus labelled": ("seed", 3, 4)}
 
 
@@ -449,8 +449,7 @@ serve --classifier_path nowhere
 corpus labelled --out_dir o --data_path nowhere
 corpus digits --out_dir o --config nowhere
 corpus digits --image_siz 8
-corpus markov --out_dir o --config nowhere
-bench --config nowhere"""
+corpus markov --out_dir o --config nowhere"""
 
 
 def test_mistyped_paths_and_flags_are_seen_before_pytorch_is_imported(tmp_path):
@@ -608,7 +607,7 @@ def test_every_flag_that_a_message_names_is_one_of_the_verb_that_says_it():
     from seqgpt.cli import LESS, VERBS
     from seqgpt.training import Config
     cli, found = importlib.import_module("seqgpt.cli"), definitions()
-    starts = {verb: {"train": "train_command"}.get(verb, verb.replace(" ", "_")) for verb in VERBS if verb != "bench"}
+    starts = {verb: {"train": "train_command"}.get(verb, verb.replace(" ", "_")) for verb in VERBS}
     more = {"train": [Config], "search": [Config], "corpus markov": [importlib.import_module("seqgpt.corpora").make_markov]}
     takes = lambda verb: (inspect.signature(t).parameters for t in [getattr(cli, starts[verb]), *more.get(verb, [])])
     flags = {verb: {"config"}.union(*takes(verb)) for verb in starts}
