@@ -91,7 +91,7 @@ def train_plain(setup: Setup, pause, precision: str = "fp32", build=plain_gpt):
 
 
 def train_lightning(setup: Setup, pause, precision: str = "fp32"):
-    "Lightning's Trainer round the plain model."
+    "Lightning's Trainer around the plain model."
     import lightning
 
     class Plain(lightning.LightningModule):
