@@ -10,7 +10,6 @@ from common import (DTYPES, FLAGS, SYMBOLS, Setup, device, make_parser, make_set
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
-from seqgpt.export import OnnxModel, to_int8, to_onnx
 from seqgpt.inference import generate
 
 BATCH_SIZES = (1, 8, 32) # sequences at once
@@ -37,6 +36,7 @@ def on_onnx_runtime(
     folder: str, # To write to
 ) -> dict: # Name to `OnnxModel`, in 32 and in 8 bits
     "The same model on ONNX Runtime, with its cache in place."
+    from seqgpt.export import OnnxModel, to_int8, to_onnx # needs the extra [onnx]
     model.config.save_pretrained(folder)
     to_onnx(copy.deepcopy(model).cpu(), f"{folder}/fp32.onnx", "in place")
     to_int8(f"{folder}/fp32.onnx", f"{folder}/int8.onnx")
