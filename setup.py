@@ -10,7 +10,7 @@ ini = ConfigParser(delimiters=["="])
 ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 lines = lambda key: cfg[key].strip().splitlines()
-extras = {name: lines(f"{name}_requirements") for name in ("onnx", "serve", "lora", "search", "docs", "bench")}
+extras = {name: lines(f"{name}_requirements") for name in ("onnx", "serve", "lora", "search", "docs")}
 extras["docs"] += extras["onnx"] + extras["serve"] + extras["search"] # the pages of the library are made from its modules
 
 setup(
