@@ -1,7 +1,18 @@
 "Tokens evaluated in a second: seqgpt and Transformers' Trainer, with the same model on the same sequences."
 import tempfile
 
-from common import FLAGS, Setup, device, make_parser, make_setup, print_table, rate, save, speed, take_turns
+from common import (
+    FLAGS,
+    Setup,
+    device,
+    make_parser,
+    make_setup,
+    print_table,
+    rate,
+    save,
+    speed,
+    take_turns,
+)
 from contenders import trainer_rows
 from transformers import PrinterCallback, Trainer, TrainingArguments
 

@@ -5,8 +5,22 @@ from functools import partial
 
 import numpy as np
 import torch
-from common import (DTYPES, FLAGS, SYMBOLS, Setup, device, make_parser, make_setup, precisions, print_left_out,
-                    print_table, rate, save, speed, take_turns)
+from common import (
+    DTYPES,
+    FLAGS,
+    SYMBOLS,
+    Setup,
+    device,
+    make_parser,
+    make_setup,
+    precisions,
+    print_left_out,
+    print_table,
+    rate,
+    save,
+    speed,
+    take_turns,
+)
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
@@ -37,7 +51,7 @@ def on_onnx_runtime(
 ) -> dict: # Name to `OnnxModel`, in 32 and in 8 bits
     "The same model on ONNX Runtime, with its cache in place."
     from seqgpt.export import quantize_int8, to_onnx
-    from seqgpt.onnx_models import OnnxModel # needs the extra [onnx]
+    from seqgpt.onnx_models import OnnxModel  # needs the extra [onnx]
     model.config.save_pretrained(folder)
     to_onnx(copy.deepcopy(model).cpu(), f"{folder}/fp32.onnx", "in place")
     quantize_int8(f"{folder}/fp32.onnx", f"{folder}/int8.onnx")

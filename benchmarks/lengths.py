@@ -2,7 +2,17 @@
 from dataclasses import replace
 
 import numpy as np
-from common import FLAGS, Setup, make_parser, make_setup, megabytes, positive, print_left_out, print_table, save
+from common import (
+    FLAGS,
+    Setup,
+    make_parser,
+    make_setup,
+    megabytes,
+    positive,
+    print_left_out,
+    print_table,
+    save,
+)
 from training import bench_training
 
 SHORTEST = 64 # tokens

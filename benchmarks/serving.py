@@ -13,8 +13,20 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import numpy as np
-from common import (FLAGS, SYMBOLS, Setup, device, make_parser, make_setup, megabytes, peak_memory, print_left_out,
-                    print_table, rate, save)
+from common import (
+    FLAGS,
+    SYMBOLS,
+    Setup,
+    device,
+    make_parser,
+    make_setup,
+    megabytes,
+    peak_memory,
+    print_left_out,
+    print_table,
+    rate,
+    save,
+)
 from generation import endless_model, has_onnx, on_onnx_runtime
 from tqdm import tqdm
 

@@ -10,8 +10,20 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from common import (FLAGS, Setup, make_parser, make_setup, megabytes, peak_memory, positive, print_table, save,
-                    seconds_of, take_turns, write_random)
+from common import (
+    FLAGS,
+    Setup,
+    make_parser,
+    make_setup,
+    megabytes,
+    peak_memory,
+    positive,
+    print_table,
+    save,
+    seconds_of,
+    take_turns,
+    write_random,
+)
 from tqdm import tqdm
 
 from seqgpt.encoding import read_corpus

@@ -3,8 +3,23 @@ import importlib.util
 from contextlib import ExitStack
 
 import torch
-from common import (DTYPES, FLAGS, Setup, device, make_parser, make_setup, megabytes, precisions, print_left_out,
-                    print_table, rate, save, seconds_of, speed, take_turns)
+from common import (
+    DTYPES,
+    FLAGS,
+    Setup,
+    device,
+    make_parser,
+    make_setup,
+    megabytes,
+    precisions,
+    print_left_out,
+    print_table,
+    rate,
+    save,
+    seconds_of,
+    speed,
+    take_turns,
+)
 from contenders import Contender, contenders
 from tqdm import tqdm
 

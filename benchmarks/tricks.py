@@ -1,7 +1,20 @@
 "What each trick gives: training steps of Transformers' GPT-2, with one trick more in each row."
 import torch
-from common import (FLAGS, Setup, device, make_parser, make_setup, precisions, print_left_out, print_table, rate, save,
-                    seconds_of, speed, take_turns)
+from common import (
+    FLAGS,
+    Setup,
+    device,
+    make_parser,
+    make_setup,
+    precisions,
+    print_left_out,
+    print_table,
+    rate,
+    save,
+    seconds_of,
+    speed,
+    take_turns,
+)
 from contenders import adamw
 from torch import nn
 from torch.func import functional_call

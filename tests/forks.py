@@ -1,19 +1,22 @@
-"""Runs and pages, each in a fork of one process that has imported everything: starting a new process takes seconds.
+"""Runs and pages, each in a fork of one process that has imported everything, since a new one takes seconds.
 
-`python forks.py FD` waits at a listening socket, which it inherits, until standard input ends. Who connects sends jobs,
-a line of JSON for each, and gets a line in answer. A job works in the folder `cwd`.
+`python forks.py FD` waits at a listening socket, which it inherits, until standard input ends. A client sends
+jobs, a line of JSON for each, and gets a line in answer. A job works in the folder `cwd`.
 
-- `page`: a notebook, run from top to bottom as `nbdev-test` does; also its cells marked with one of `flags`. Or `code`, run as a script. The answer: whether it `passed`, and what was `printed`.
+- `page`: a notebook, run from top to bottom as `nbdev-test` does; also its cells marked with one of `flags`.
+  Or `code`, run as a script. The answer: whether it `passed`, and what was `printed`.
 - `argv` of `seqgpt`, with these if wanted:
-  - `event`, `seconds` or `step`: a `signal` (default: SIGKILL) comes after so many file operations, after so long, or at the end of that step (to the last process only);
-    with `fill`, the disk is filled up instead, until so many bytes are left;
+  - `event`, `seconds` or `step`: a `signal` (default: SIGKILL) comes after so many file operations, after so
+    long, or at the end of that step (to the last process only); with `fill`, the disk is filled up instead,
+    until so many bytes are left;
   - `bare`: nothing after the training (no curves, evaluation and samples), and nobody waits for the disk;
-  - `processes`, that train together, with `fsdp` sharing the model out; `runs`, at the same time.
+  - `processes`, that train together, with `fsdp` sharding the model; `runs`, at the same time.
 
   The answer is a list, for each process: exit code (-9: killed), what was printed, number of file operations.
 - a command for the `shell`. The answer: its standard error.
-- `disk`, a size such as 20m, and `jobs`: they work one after the other on a disk of that size, in the folder `disk`, which nobody else sees and which is gone afterwards. The answer: a list of
-  theirs; nothing where no disk can be had.
+- `disk`, a size such as 20m, and `jobs`: they work one after the other on a disk of that size, in the folder
+  `disk`, which nobody else sees and which is gone afterwards. The answer: a list of theirs; nothing where
+  no disk can be had.
 """
 import atexit
 import contextlib
@@ -47,70 +50,104 @@ from nbdev.config import get_config
 from nbdev.test import test_nb
 from sklearn.model_selection import train_test_split
 
-from seqgpt import cli, training
+from seqgpt import cli, commands, preparing, training
+from seqgpt.arguments import parser_for
 from seqgpt.callbacks import StopOnSignal
 from seqgpt.config import Config
 from seqgpt.model import make_config, new_model
+from seqgpt.plots import save_curves
+from seqgpt.saving import save_model
 from seqgpt.tokenizer import make_tokenizer
 
-for name in """fastcore.all IPython.utils.capture matplotlib.pyplot PIL.Image rapidfuzz rouge_score.rouge_scorer sacrebleu scipy.optimize scipy.stats seaborn
-        sklearn.calibration sklearn.dummy sklearn.ensemble sklearn.feature_extraction.text sklearn.linear_model sklearn.manifold sklearn.neighbors sklearn.svm
-        torch.utils.tensorboard transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto transformers.trainer
-        seqgpt.classification seqgpt.export seqgpt.search seqgpt.serving""".split(): importlib.import_module(name) # so that no run and no page has to
+IMPORTED = """
+    fastcore.all IPython.utils.capture matplotlib.pyplot PIL.Image rapidfuzz rouge_score.rouge_scorer sacrebleu
+    scipy.optimize scipy.stats seaborn sklearn.calibration sklearn.dummy sklearn.ensemble
+    sklearn.feature_extraction.text sklearn.linear_model sklearn.manifold sklearn.neighbors sklearn.svm
+    torch.utils.tensorboard transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto
+    transformers.trainer seqgpt.console seqgpt.onnx_folder seqgpt.reports seqgpt.serving"""
+for name in IMPORTED.split(): importlib.import_module(name) # so that no run and no page has to
 
-os.fsync = lambda fd: None # what the system was given outlives a killed process; to wait for the disk takes long
-ConstrainedLayoutEngine.execute = lambda self, figure: None # nobody looks at pictures here: to arrange them takes long
+os.fsync = lambda fd: None # what the system was given outlives a killed process; waiting for the disk takes long
+ConstrainedLayoutEngine.execute = lambda self, figure: None # nobody looks at pictures here; arranging them takes long
 WRITES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+
+
+def is_counted(event, args):
+    "Whether this changes a file in this folder."
+    if event not in WRITES: return False
+    path = str(args[0])
+    if os.path.isabs(path) and not path.startswith(os.getcwd()): return False
+    if event == "open" and args[1] in ("r", "rb"): return False
+    # tried again and again while another process holds the lock
+    if path.endswith(".lock") or event == "os.mkdir" and os.path.isdir(path): return False
+    return True
 
 
 def send_when_it_is_time(job, rank, answer):
     "Counts what is done to files in this folder; sends this process its signal, or fills the disk."
-    send = lambda *_: fill_up(job["fill"]) if "fill" in job else os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
+    def send(*_):
+        if "fill" in job: fill_up(job["fill"])
+        else: os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
     def hook(event, args):
-        if event not in WRITES: return
-        path = str(args[0])
-        if os.path.isabs(path) and not path.startswith(os.getcwd()) or event == "open" and args[1] in ("r", "rb"): return
-        if path.endswith(".lock") or event == "os.mkdir" and os.path.isdir(path): return # tried again and again while another process holds the lock
+        if not is_counted(event, args): return
         answer["events"] += 1
         if answer["events"] == job.get("event"): send()
     sys.addaudithook(hook)
-    if "seconds" in job: signal.signal(signal.SIGALRM, send), signal.setitimer(signal.ITIMER_REAL, job["seconds"])
-    if "step" in job and rank == job.get("processes", 1) - 1:
-        end = StopOnSignal.on_step_end
-        StopOnSignal.on_step_end = lambda self, args, state, control, **kwargs: (state.global_step == job["step"] and send(), end(self, args, state, control, **kwargs))[1]
+    if "seconds" in job:
+        signal.signal(signal.SIGALRM, send)
+        signal.setitimer(signal.ITIMER_REAL, job["seconds"])
+    if "step" in job and rank == job.get("processes", 1) - 1: at_step(job["step"], send)
+
+
+def at_step(step, send):
+    "Calls `send` at the end of this step of a training."
+    on_step_end = StopOnSignal.on_step_end
+    def send_and_go_on(self, args, state, control, **kwargs):
+        if state.global_step == step: send()
+        return on_step_end(self, args, state, control, **kwargs)
+    StopOnSignal.on_step_end = send_and_go_on
 
 
 def fill_up(left):
     "Leaves so many bytes of this disk."
-    disk, file = os.statvfs("."), os.open("filler", os.O_CREAT | os.O_WRONLY)
+    disk = os.statvfs(".")
+    file = os.open("filler", os.O_CREAT | os.O_WRONLY)
     os.posix_fallocate(file, 0, disk.f_bavail*disk.f_frsize - left)
     os.close(file)
 
 
-def share_out():
-    "What `accelerate launch --use_fsdp --fsdp_version 2` does on GPUs; on processors Accelerate shares no model out, though PyTorch can: it is told that these are GPUs."
-    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_TRANSFORMER_CLS_TO_WRAP="GPT2Block", FSDP_RESHARD_AFTER_FORWARD="true")
-    arguments = training.training_arguments
+def enable_fsdp():
+    """What `accelerate launch --use_fsdp --fsdp_version 2` does on GPUs.
+
+    Accelerate does not shard a model on CPUs, though PyTorch can: it is told that these are GPUs."""
+    os.environ.update(
+        ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_TRANSFORMER_CLS_TO_WRAP="GPT2Block", FSDP_RESHARD_AFTER_FORWARD="true")
+    arguments = preparing.training_arguments
     def on_gpus(*args):
         made = arguments(*args)
         made.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         return made
-    training.training_arguments = on_gpus
+    preparing.training_arguments = on_gpus
 
 
 def child(job, rank, write):
     "Runs the command; writes its output, unless it is killed."
-    if "port" in job: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), LOCAL_WORLD_SIZE=str(job["processes"]), MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))
-    if job.get("fsdp"): share_out()
-    if job.get("bare"): cli.show_run = training.save_curves = lambda *_: None
+    if "port" in job:
+        size = str(job["processes"])
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
+                          MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))
+    if job.get("fsdp"): enable_fsdp()
+    if job.get("bare"): commands.show_run = training.save_curves = lambda *_: None
     signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests run in the background
     signal.signal(signal.SIGHUP, signal.SIG_DFL) # ignored under nohup
-    answer, out, err = {"events": 0}, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    answer = {"events": 0}
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         send_when_it_is_time(job, rank, answer)
         try: code = cli.main([str(a) for a in job["argv"]])
         except BaseException: code = traceback.print_exc() or 99
-    os.write(write, json.dumps({**answer, "code": code, "out": out.getvalue(), "err": err.getvalue()}).encode())
+    answer |= {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+    os.write(write, json.dumps(answer).encode())
     os._exit(0)
 
 
@@ -120,13 +157,20 @@ def run_page(path, flags=()):
     return test_nb(path, skip_flags=config.tst_flags.split(), force_flags=flags, basepath=config.config_path)[0]
 
 
+def run_code(code):
+    "Runs a script."
+    exec(code, {"__name__": "__main__"}) # noqa: S102, it is that of a test
+    return True
+
+
 DONE = 77 # exit code of a page that came to its end: it may have ended itself before, with another
 
 
 def shown(do):
-    "Calls `do` in a child, which says whether it passed; then ends what the child has started, and removes its own files."
+    "Calls `do` in a child, which says whether it passed; ends what the child has started, and removes its files."
     with tempfile.TemporaryFile("w+") as said:
-        if (pid := os.fork()) == 0:
+        pid = os.fork()
+        if pid == 0:
             os.setpgid(0, 0)
             for stream in (1, 2): os.dup2(said.fileno(), stream)
             passed = False
@@ -142,17 +186,28 @@ def shown(do):
         return {"passed": code == DONE, "printed": f"{said.read()}\n(exit code {code})"}
 
 
+def mount_disk(size):
+    "Mounts a small disk at `disk`, seen by this process alone, as root in its own namespace (`man unshare`)."
+    user = os.getuid()
+    group = os.getgid()
+    if ctypes.CDLL(None).unshare(0x10000000 | 0x20000): return False # CLONE_NEWUSER, CLONE_NEWNS
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "disk"]
+    return subprocess.run(mount, capture_output=True).returncode == 0
+
+
 def on_disk(size, jobs):
-    "Jobs on a small disk of their own: in a child, which is root in a world of its own, and may mount one (`man unshare`)."
+    "Jobs on a small disk of their own, in a child."
     os.makedirs("disk", exist_ok=True)
     read, write = os.pipe()
-    if (pid := os.fork()) == 0:
-        ids, answers = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}, None
-        if not ctypes.CDLL(None).unshare(0x10000000 | 0x20000): # CLONE_NEWUSER, CLONE_NEWNS
-            for name, text in ids.items(): Path(f"/proc/self/{name}").write_text(text)
-            if not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "disk"], capture_output=True).returncode:
-                os.chdir("disk")
-                answers = [run(job) for job in jobs]
+    pid = os.fork()
+    if pid == 0:
+        answers = None
+        if mount_disk(size):
+            os.chdir("disk")
+            answers = [run(job) for job in jobs]
         with os.fdopen(write, "w") as f: json.dump(answers, f)
         os._exit(0)
     os.close(write)
@@ -162,11 +217,16 @@ def on_disk(size, jobs):
 
 
 def run(job):
-    "One job, in one process or several."
+    "The answer to one job."
     if "page" in job: return shown(lambda: run_page(job["page"], job.get("flags", ())))
-    if "code" in job: return shown(lambda: exec(job["code"], {"__name__": "__main__"}) is None) # noqa: S102, it is that of a test
+    if "code" in job: return shown(lambda: run_code(job["code"]))
     if "disk" in job: return on_disk(job["disk"], job["jobs"])
     if "shell" in job: return subprocess.run(job["shell"], shell=True, capture_output=True, text=True).stderr
+    return run_command(job)
+
+
+def run_command(job):
+    "The command, in one process or several."
     if "processes" in job:
         with socket.socket() as s:
             s.bind(("localhost", 0))
@@ -174,7 +234,8 @@ def run(job):
     children = []
     for rank in range(job.get("processes", job.get("runs", 1))):
         read, write = os.pipe()
-        if (pid := os.fork()) == 0: child(job, rank, write)
+        pid = os.fork()
+        if pid == 0: child(job, rank, write)
         os.close(write)
         children.append((pid, read))
     answers = []
@@ -186,13 +247,14 @@ def run(job):
 
 
 def warm_up():
-    "What is made once in a process and takes long, is made here; and no child looks through all objects for garbage."
+    "Makes what takes long and is made once in a process; and no child looks through all objects for garbage."
     fastcore.docments.docments = functools.cache(fastcore.docments.docments) # reads a module anew for each command
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         tokenizer = make_tokenizer({s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", "a"])})
-        training.save_model(Path(folder)/"model", new_model(make_config(tokenizer, 4, 1, 1, 2), 0), tokenizer, Config(folder), {})
-        training.save_curves([], Path(folder))
-    cli.parser_for("train", Config)
+        model = new_model(make_config(tokenizer, 4, 1, 1, 2), 0)
+        save_model(Path(folder)/"model", model, tokenizer, Config(folder), {})
+        save_curves([], Path(folder))
+    parser_for("train", Config)
     train_test_split(np.arange(4))
     gc.collect()
     gc.freeze()

@@ -22,12 +22,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import NAMES, NOTES, TINY, VOCAB, redirect, refused, seqgpt, write_lines, write_runs
+from conftest import (
+    NAMES,
+    NOTES,
+    TINY,
+    VOCAB,
+    redirect,
+    refused,
+    seqgpt,
+    write_lines,
+    write_runs,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from seqgpt import classification, cli, config, training # noqa: F401 so that memory is that of the input
+from seqgpt import classification, cli, config, training  # noqa: F401 so that memory is that of the input
+from seqgpt.arguments import on_lines, settings_file
 from seqgpt.checks import InputError
+from seqgpt.commands import evaluate
+from seqgpt.config import Config
+from seqgpt.console import infer
 from seqgpt.records import BadLine, symbol_ids
 from seqgpt.tokenizer import unknown_symbol_hint
 
@@ -72,7 +86,7 @@ def answer(ask, cwd, **given):
     "What `ask` says in one to three lines if it refuses its input; None if it does its work."
     with contextlib.chdir(cwd), redirect(io.StringIO()), within_reason():
         try: ask(**given)
-        except InputError as e: said = cli.on_lines(cli.explain(e))
+        except InputError as e: said = on_lines(cli.explain(e))
         else: return
     plain(said)
     assert 1 <= len(said.splitlines()) <= 3
@@ -97,7 +111,7 @@ def command_refuses(*args, cwd, words=()):
     assert listing(cwd) == before
 
 
-def train(**given): return training.train(training.Config(**{**SMALL, **given}))
+def train(**given): return training.train(Config(**{**SMALL, **given}))
 
 
 @pytest.fixture
@@ -760,7 +774,7 @@ def shown(content): return content[:40].encode("unicode_escape").decode()
 @pytest.mark.parametrize("content", [*TYPES, *SETTINGS], ids=shown)
 def test_bad_settings(content, corpus):
     (corpus/"mine.yaml").write_text(content)
-    def ask(): train(**config.read_settings(cli.settings_file("mine.yaml", "train")))
+    def ask(): train(**config.read_settings(settings_file("mine.yaml", "train")))
     refuses(ask, corpus, SETTINGS.get(content, [content.partition(":")[0]]))
 
 
@@ -828,13 +842,13 @@ def copied(runs, tmp_path):
 MODEL = "outputs/best_model"
 INFER = ["infer", "--mode", "generate", "--max_new_tokens", 2, "--seed", 0, "--model_path", MODEL]
 EVALUATE = ["evaluate", "--num_samples", 0, "--model_path"]
-def generate(**given): return cli.infer(MODEL, "generate", max_new_tokens=2, seed=0, **given)
-def classify(): return cli.infer("c/best_model", "classify", "C4 D4")
-def evaluate(out="outputs"): return cli.evaluate(f"{out}/best_model", num_samples=0)
+def generate(**given): return infer(MODEL, "generate", max_new_tokens=2, seed=0, **given)
+def classify(): return infer("c/best_model", "classify", "C4 D4")
+def evaluate(out="outputs"): return evaluate(f"{out}/best_model", num_samples=0)
 def go_on(**given):
     "Trains on from the language model."
     sizes = dict(max_length=16, n_layer=1, n_head=2, n_embd=16)
-    return training.train(training.Config(init_from=MODEL, output_dir="new", **{**sizes, **given}))
+    return training.train(Config(init_from=MODEL, output_dir="new", **{**sizes, **given}))
 def changed(**fields): return lambda d: {**d, **fields}
 def without(*names): return lambda d: {k: v for k, v in d.items() if k not in names}
 

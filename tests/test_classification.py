@@ -10,7 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import NAMES, NOTES, TINY, VOCAB, refused, seqgpt, write_lines, write_named
+from conftest import (
+    NAMES,
+    NOTES,
+    TINY,
+    VOCAB,
+    refused,
+    seqgpt,
+    write_lines,
+    write_named,
+)
 from safetensors.torch import load_file
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss

@@ -17,12 +17,31 @@ import pytest
 import torch
 import yaml
 from conftest import NOTES, ROOT, TINY, VOCAB, installed, refused, seqgpt, write_lines
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, GPT2Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+)
 
 from seqgpt.checks import InputError
+from seqgpt.config import read_config, write_config
 from seqgpt.corpora import write_digits
+from seqgpt.encoding import read_corpus
+from seqgpt.inference import generate
+from seqgpt.loading import load_model, task_of
+from seqgpt.markov import load_source, make_markov, write_markov
+from seqgpt.reports import evaluation_data
+from seqgpt.saving import save_model
+from seqgpt.sources import corpus_files, find_vocab, read_lines
+from seqgpt.writing import write_corpus, write_labelled
 
 RUN = ["train", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
+BEST = "outputs/best_model"
+
+
+def read_json(path): return json.loads(path.read_text())
+def read_lines(path): return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -40,16 +59,19 @@ def finished(trained, tmp_path):
 # --- what a finished run leaves behind
 
 def test_outputs_are_complete(trained):
-    model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-             "vocab.json", "merges.txt", "config.yaml", "metrics.json", "README.md"}
-    assert model <= {p.name for p in (trained/"outputs/best_model").iterdir()}
-    assert len({p.stat().st_mode for p in (trained/"outputs/best_model").iterdir() if p.is_file()}) == 1 # who may read one may read all
-    assert model == {p.name for p in (trained/"outputs/final_model").iterdir()}
-    for name in ("training_curves.png", "samples.jsonl", "split.json", "config.yaml", "best_model/evaluation/metrics.json", "best_model/evaluation/evaluation.png"):
-        assert (trained/"outputs"/name).stat().st_size > 0, name
-    assert any((trained/"outputs/runs").glob("events.out.tfevents.*"))
+    outputs = trained/"outputs"
+    model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+             "special_tokens_map.json", "vocab.json", "merges.txt", "config.yaml", "metrics.json", "README.md"}
+    assert model <= {p.name for p in (outputs/"best_model").iterdir()}
+    modes = {p.stat().st_mode for p in (outputs/"best_model").iterdir() if p.is_file()}
+    assert len(modes) == 1 # if you may read one, you may read all
+    assert model == {p.name for p in (outputs/"final_model").iterdir()}
+    for name in ("training_curves.png", "samples.jsonl", "split.json", "config.yaml",
+                 "best_model/evaluation/metrics.json", "best_model/evaluation/evaluation.png"):
+        assert (outputs/name).stat().st_size > 0, name
+    assert any((outputs/"runs").glob("events.out.tfevents.*"))
     assert not [*trained.rglob(".*.part"), *trained.rglob(".*.old")]
-    split = json.loads((trained/"outputs/split.json").read_text())
+    split = read_json(outputs/"split.json")
     assert sorted(split["train"] + split["validation"]) == list(range(200)) and len(split["validation"]) == 40
 
 
@@ -59,69 +81,86 @@ def test_a_short_run_leaves_lines_in_a_file_and_no_bar(trained):
 
 
 def test_plain_transformers_opens_the_folder(trained):
-    folder, text = trained/"outputs/best_model", "<bos> C4 E4 G4"
-    model, auto = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    folder = trained/BEST
+    text = "<bos> C4 E4 G4"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    auto = AutoTokenizer.from_pretrained(folder)
     ids = auto(text, return_tensors="pt")["input_ids"]
     assert ids.tolist() == [[VOCAB[s] for s in text.split()]] and auto.decode(ids[0]) == text
     assert GPT2Tokenizer.from_pretrained(folder)(text)["input_ids"] == ids[0].tolist()
-    with torch.no_grad(): assert torch.equal(model(ids).logits, GPT2LMHeadModel.from_pretrained(folder)(ids).logits)
+    same = GPT2LMHeadModel.from_pretrained(folder)
+    with torch.no_grad(): assert torch.equal(model(ids).logits, same(ids).logits)
     assert model.config.use_cache and model.generation_config.eos_token_id == VOCAB["<eos>"]
-    assert auto.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0]).startswith(text)
+    assert auto.decode(generate(ids, max_new_tokens=3, do_sample=False)[0]).startswith(text)
 
 
 def test_printed_metrics_are_those_of_transformers(trained):
-    metrics = json.loads((trained/"outputs/best_model/evaluation/metrics.json").read_text())
+    metrics = read_json(trained/BEST/"evaluation/metrics.json")
     assert f"{metrics['perplexity']:.4g}" in (trained/"printed.txt").read_text()
-    model = AutoModelForCausalLM.from_pretrained(trained/"outputs/best_model").eval()
-    lines = [json.loads(line)["tokens"] for line in open(trained/"data.jsonl")]
+    model = AutoModelForCausalLM.from_pretrained(trained/BEST).eval()
+    lines = [line["tokens"] for line in read_lines(trained/"data.jsonl")]
     nats = right = n = nats_of_eos = 0
-    for k in json.loads((trained/"outputs/split.json").read_text())["validation"]:
+    for k in read_json(trained/"outputs/split.json")["validation"]:
         ids = torch.tensor([[1, *(VOCAB[s] for s in lines[k]), 2]])
         with torch.no_grad(): out = model(ids, labels=ids)
-        nats, n = nats + out.loss.item()*(ids.shape[1] - 1), n + ids.shape[1] - 1
+        predicted = ids.shape[1] - 1
+        nats += out.loss.item()*predicted
+        n += predicted
         right += (out.logits[0, :-1].argmax(-1) == ids[0, 1:]).sum().item()
         nats_of_eos -= out.logits[0, -2].log_softmax(-1)[VOCAB["<eos>"]].item()
     assert metrics["tokens"] == n and metrics["sequences"] == 40
-    assert np.isclose(metrics["perplexity"], np.exp(nats/n), rtol=1e-5) and np.isclose(metrics["accuracy"], right/n)
-    assert np.isclose(metrics["nats_per_sequence"], nats/40, rtol=1e-5) and np.isclose(metrics["bits_per_token"], nats/n/np.log(2), rtol=1e-5)
-    assert metrics["tokens_without_eos"] == n - 40 and np.isclose(metrics["perplexity_without_eos"], np.exp((nats - nats_of_eos)/(n - 40)), rtol=1e-5)
+    assert np.isclose(metrics["perplexity"], np.exp(nats/n), rtol=1e-5)
+    assert np.isclose(metrics["accuracy"], right/n)
+    assert np.isclose(metrics["nats_per_sequence"], nats/40, rtol=1e-5)
+    assert np.isclose(metrics["bits_per_token"], nats/n/np.log(2), rtol=1e-5)
+    assert metrics["tokens_without_eos"] == n - 40
+    without_eos = np.exp((nats - nats_of_eos)/(n - 40))
+    assert np.isclose(metrics["perplexity_without_eos"], without_eos, rtol=1e-5)
 
 
 # --- evaluate
 
 def test_evaluate(trained, tmp_path):
-    result = seqgpt("evaluate", "--model_path", "outputs/best_model", "--out_dir", tmp_path/"e", cwd=trained)
+    result = seqgpt("evaluate", "--model_path", BEST, "--out_dir", tmp_path/"e", cwd=trained)
     assert result.returncode == 0 and "trigram" in result.stdout, result.stderr
-    whole = json.loads((tmp_path/"e/metrics.json").read_text())
-    assert {"perplexity", "accuracy", "nats_per_sequence", "bits_per_token", "sequences", "tokens", "perplexity_without_eos", "baselines"} <= whole.keys()
+    names = {"perplexity", "accuracy", "nats_per_sequence", "bits_per_token", "sequences", "tokens",
+             "perplexity_without_eos", "baselines"}
+    assert names <= read_json(tmp_path/"e/metrics.json").keys()
     write_lines(tmp_path/"other", [{"tokens": NOTES}, {"tokens": NOTES[::-1]}])
-    result = seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", tmp_path/"other/data.jsonl", "--out_dir", tmp_path/"o", cwd=tmp_path, drawn=False)
-    assert result.returncode == 0 and json.loads((tmp_path/"o/metrics.json").read_text())["tokens"] == 12, result.stderr
+    flags = ["--data_path", tmp_path/"other/data.jsonl", "--out_dir", tmp_path/"o"]
+    result = seqgpt("evaluate", "--model_path", trained/BEST, *flags, cwd=tmp_path, drawn=False)
+    assert result.returncode == 0 and read_json(tmp_path/"o/metrics.json")["tokens"] == 12, result.stderr
 
 
 def test_evaluate_replaces_no_other_evaluation(trained, tmp_path):
-    shutil.copytree(trained/"outputs/best_model", tmp_path/"m")
+    shutil.copytree(trained/BEST, tmp_path/"m")
     own = (tmp_path/"m/evaluation/metrics.json").read_bytes()
     write_lines(tmp_path/"other", [{"tokens": NOTES}, {"tokens": NOTES[::-1]}])
-    ask = lambda *args: seqgpt("evaluate", "--model_path", "m", "--data_path", "other/data.jsonl", "--num_samples", 2, *args, cwd=tmp_path, drawn=False)
+    def ask(*args):
+        flags = ["--model_path", "m", "--data_path", "other/data.jsonl", "--num_samples", 2, *args]
+        return seqgpt("evaluate", *flags, cwd=tmp_path, drawn=False)
     assert ask().returncode == 0
     metrics = tmp_path/"m/evaluation_data/metrics.json"
     other = metrics.read_bytes()
     assert json.loads(other)["sequences"] == 2 and (tmp_path/"m/evaluation/metrics.json").read_bytes() == own
     refused(ask("--batch_size", 1), "m/evaluation_data/metrics.json: is there already", "--out_dir")
     refused(ask("--out_dir", "m"), "m/metrics.json: is there already")
-    assert metrics.read_bytes() == other and (tmp_path/"m/metrics.json").read_bytes() == (trained/"outputs/best_model/metrics.json").read_bytes()
+    assert metrics.read_bytes() == other
+    assert (tmp_path/"m/metrics.json").read_bytes() == (trained/BEST/"metrics.json").read_bytes()
 
 
 def test_metrics_are_valid_json_even_where_no_loss_was_logged(corpus):
     assert seqgpt(*RUN, "--max_steps", 11, "--eval_steps", 10, cwd=corpus, bare=True).returncode == 0
-    strict = lambda name: pytest.fail(f"{name} in metrics.json")
-    for name in ("best_model", "final_model"): json.loads((corpus/"outputs"/name/"metrics.json").read_text(), parse_constant=strict)
+    def strict(name): pytest.fail(f"{name} in metrics.json")
+    for name in ("best_model", "final_model"):
+        json.loads((corpus/"outputs"/name/"metrics.json").read_text(), parse_constant=strict)
 
 
 def test_evaluate_says_what_it_cut_off_and_left_out(trained, tmp_path):
     write_lines(tmp_path, [{"tokens": NOTES*10}, {"tokens": ["H4"]}, {"tokens": NOTES}])
-    ask = lambda *args: seqgpt("evaluate", "--model_path", trained/"outputs/best_model", "--data_path", "data.jsonl", *args, cwd=tmp_path, drawn=False)
+    def ask(*args):
+        command = ["evaluate", "--model_path", trained/BEST, "--data_path", "data.jsonl", *args]
+        return seqgpt(*command, cwd=tmp_path, drawn=False)
     refused(ask("--out_dir", "e"), "1 of 3 lines", "--skip_bad_lines")
     result = ask("--out_dir", "e", "--skip_bad_lines")
     assert result.returncode == 0 and "36 tokens cut off" in result.stdout and "1 bad line left out" in result.stdout
@@ -129,7 +168,7 @@ def test_evaluate_says_what_it_cut_off_and_left_out(trained, tmp_path):
 
 
 def test_folders_that_are_not_models(trained, tmp_path):
-    ask = lambda: seqgpt("infer", "--model_path", "m", cwd=tmp_path)
+    def ask(): return seqgpt("infer", "--model_path", "m", cwd=tmp_path)
     refused(seqgpt("infer", "--model_path", "outputs", cwd=trained), "no config.json", "outputs/best_model")
     shutil.copytree(trained/"outputs/final_model", tmp_path/"m")
     (tmp_path/"m/config.json").write_text('{"model_type": "bert"}')
@@ -147,73 +186,89 @@ def test_folders_that_are_not_models(trained, tmp_path):
 
 def test_evaluate_refuses_changed_data(finished):
     with open(finished/"data.jsonl", "a") as f: f.write('{"tokens": ["C4"]}\n')
-    refused(seqgpt("evaluate", "--model_path", "outputs/best_model", cwd=finished), "has changed since the training", "--data_path")
-    refused(seqgpt("infer", "--model_path", "outputs/best_model", "--mode", "generate", "--num_prompts", 2, cwd=finished), "has changed since the training", "--prompt_file")
+    result = seqgpt("evaluate", "--model_path", BEST, cwd=finished)
+    refused(result, "has changed since the training", "--data_path")
+    result = seqgpt("infer", "--model_path", BEST, "--mode", "generate", "--num_prompts", 2, cwd=finished)
+    refused(result, "has changed since the training", "--prompt_file")
     refused(seqgpt("evaluate", "--model_path", "nowhere", cwd=finished), "nowhere", "outputs/best_model")
 
 
 # --- infer
 
 def test_generate_continues_and_repeats_with_the_seed(trained, tmp_path):
-    ask = lambda *args: seqgpt("infer", "--model_path", trained/"outputs/best_model", "--mode", "generate", *args, cwd=tmp_path)
+    def ask(*args): return seqgpt("infer", "--model_path", trained/BEST, "--mode", "generate", *args, cwd=tmp_path)
     one, again, other = (ask("--prompt", "C4 D4", "--num_samples", 5, "--seed", s) for s in (1, 1, 2))
     assert one.returncode == 0, one.stderr
     assert one.stdout == again.stdout != other.stdout
-    assert all(line.split()[:2] == ["C4", "D4"] and set(line.split()) <= set(NOTES) for line in one.stdout.splitlines()) and len(one.stdout.splitlines()) == 5
+    samples = [line.split() for line in one.stdout.splitlines()]
+    assert len(samples) == 5
+    assert all(sample[:2] == ["C4", "D4"] and set(sample) <= set(NOTES) for sample in samples)
     greedy = [ask("--temperature", 0, "--prompt", "C4", "--seed", s).stdout for s in (1, 2)]
     assert greedy[0] == greedy[1]
-    result = ask("--prompt_file", trained/"data.jsonl", "--num_prompts", 3, "--num_samples", 2, "--out_dir", tmp_path/"s")
-    rows = [json.loads(line) for line in (tmp_path/"s/samples.jsonl").read_text().splitlines()]
-    assert result.returncode == 0 and len(rows) == 6 and {"label", "tokens", "given", "finished"} == rows[0].keys()
+    flags = ["--num_prompts", 3, "--num_samples", 2, "--out_dir", tmp_path/"s"]
+    result = ask("--prompt_file", trained/"data.jsonl", *flags)
+    rows = read_lines(tmp_path/"s/samples.jsonl")
+    assert result.returncode == 0 and len(rows) == 6
+    assert {"label", "tokens", "given", "finished"} == rows[0].keys()
     assert "Only the first" not in result.stderr # which was asked for
     refused(ask("--prompt", "C4", "--out_dir", tmp_path/"s"), "is there already")
 
 
 def test_samples_keep_the_other_fields_and_what_is_cut_is_counted(trained, tmp_path):
-    lines = [{"id": k, "tokens": t, "note": {"of": t[0]}} for k, t in enumerate([["C4"]*14, ["D4"], ["C4", "E4"], ["C4"]*15])]
+    tokens = [["C4"]*14, ["D4"], ["C4", "E4"], ["C4"]*15]
+    lines = [{"id": k, "tokens": t, "note": {"of": t[0]}} for k, t in enumerate(tokens)]
     write_lines(tmp_path, lines + lines[1:2]*4)
-    command = "--mode generate --prompt_file data.jsonl --prompt_share 1 --min_new_tokens 13 --num_samples 2 --seed 0 --out_dir s"
-    ask = lambda *args: seqgpt("infer", "--model_path", trained/"outputs/best_model", *command.split(), *args, cwd=tmp_path)
-    refused(ask(), "1 of 7 lines", "longer than the 16 positions of the model: 1, at line 4 (17 tokens)", "--skip_bad_lines")
+    flags = """--mode generate --prompt_file data.jsonl --prompt_share 1 --min_new_tokens 13
+               --num_samples 2 --seed 0 --out_dir s""".split()
+    def ask(*args): return seqgpt("infer", "--model_path", trained/BEST, *flags, *args, cwd=tmp_path)
+    long = "longer than the 16 positions of the model: 1, at line 4 (17 tokens)"
+    refused(ask(), "1 of 7 lines", long, "--skip_bad_lines")
     result = ask("--skip_bad_lines")
-    rows = [json.loads(line) for line in open(tmp_path/"s/samples.jsonl")]
+    rows = read_lines(tmp_path/"s/samples.jsonl")
     assert [(r["id"], r["note"]) for r in rows] == [(k, lines[k]["note"]) for k in (0, 0, 1, 1, 2, 2, *[1]*6)]
     assert [r["tokens"][:r["given"]] for r in rows] == [lines[r["id"]]["tokens"] for r in rows]
-    for r in rows:
-        assert len(r["tokens"]) - r["given"] == (13 if r["finished"] else {0: 1, 1: 14, 2: 13}[r["id"]]), r # each has its own room
+    room = {0: 1, 1: 14, 2: 13} # each has its own
+    for r in rows: assert len(r["tokens"]) - r["given"] == (13 if r["finished"] else room[r["id"]]), r
     cut = sum(not r["finished"] for r in rows)
-    assert "1 bad line left out" in result.stderr and "Only the first 6 sequences of data.jsonl; take" in result.stderr
+    assert "1 bad line left out" in result.stderr
+    assert "Only the first 6 sequences of data.jsonl; take" in result.stderr
     assert f"{cut} of 12 sequences cut off: the model has 16 positions." in result.stderr and cut >= 4
 
 
 def test_num_prompts_takes_validation_sequences(trained, tmp_path):
-    result = seqgpt("infer", "--model_path", "outputs/best_model", "--mode", "generate", "--num_prompts", 5, "--prompt_share", 1, "--max_new_tokens", 1, cwd=trained)
-    lines, split = [json.loads(line)["tokens"] for line in open(trained/"data.jsonl")], json.loads((trained/"outputs/split.json").read_text())
+    flags = ["--mode", "generate", "--num_prompts", 5, "--prompt_share", 1, "--max_new_tokens", 1]
+    result = seqgpt("infer", "--model_path", BEST, *flags, cwd=trained)
+    lines = [line["tokens"] for line in read_lines(trained/"data.jsonl")]
+    held_out = read_json(trained/"outputs/split.json")["validation"]
     assert result.returncode == 0, result.stderr
-    for printed, k in zip(result.stdout.splitlines(), split["validation"]): assert printed.split()[:len(lines[k])] == lines[k]
+    for printed, k in zip(result.stdout.splitlines(), held_out):
+        assert printed.split()[:len(lines[k])] == lines[k]
 
 
 def test_without_a_seed_samples_differ(trained):
     from seqgpt.inference import generate
     from seqgpt.loading import load_model
     from seqgpt.tokenizer import load_tokenizer
-    model, tokenizer = load_model(trained/"outputs/best_model"), load_tokenizer(trained/"outputs/best_model")
+    model = load_model(trained/BEST)
+    tokenizer = load_tokenizer(trained/BEST)
     assert generate(model, tokenizer, num_samples=10) != generate(model, tokenizer, num_samples=10)
 
 
 def test_a_closed_pipe_is_no_error(trained):
-    "As behind `seqgpt infer ... | head`, when head has ended."
+    "As with `seqgpt infer ... | head`, when head has ended."
     from seqgpt.cli import main
     reader, writer = os.pipe()
     os.close(reader)
-    with contextlib.chdir(trained), os.fdopen(writer, "w") as pipe, contextlib.redirect_stdout(pipe), contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main("infer --model_path outputs/best_model --mode generate --num_samples 3 --max_new_tokens 3".split())
+    command = f"infer --model_path {BEST} --mode generate --num_samples 3 --max_new_tokens 3"
+    with (contextlib.chdir(trained), os.fdopen(writer, "w") as pipe, contextlib.redirect_stdout(pipe),
+          contextlib.redirect_stderr(io.StringIO()) as err):
+        code = main(command.split())
         pipe.write("more") # nor is what the interpreter writes at its end
     assert code == 0 and err.getvalue() == ""
 
 
 def test_infer_mistakes(trained):
-    ask = lambda *args: seqgpt("infer", "--model_path", "outputs/best_model", *args, cwd=trained)
+    def ask(*args): return seqgpt("infer", "--model_path", BEST, *args, cwd=trained)
     refused(ask("--mode", "generate", "--prompt", "C4 D5"), "Symbol 2", "'D5'", "Did you mean")
     refused(ask("--mode", "generate", "--prompt", " ".join(["C4"]*20)), "no room")
     refused(ask("--mode", "generate", "--top_p", "2"), "top_p is 2")
@@ -225,35 +280,50 @@ def test_infer_mistakes(trained):
     refused(ask("--mode", "generate", "--num_prompts", "3", "--prompt", "C4"), "one of --prompt")
     refused(ask("--top", "0"), "top is 0")
     refused(ask("--prompt_file", "data.jsonl"), "--prompt_file is of no use", "--mode generate")
-    refused(ask("--mode", "generate", "--min_new_tokens", "3", "--max_new_tokens", "2"), "min_new_tokens is 3", "at most max_new_tokens")
+    result = ask("--mode", "generate", "--min_new_tokens", "3", "--max_new_tokens", "2")
+    refused(result, "min_new_tokens is 3", "at most max_new_tokens")
     refused(ask("--mode", "generate", "--out_dir", "data.jsonl"), "data.jsonl")
     refused(seqgpt("infer", cwd=trained), "model_path")
 
 
+def interactive(*args, typed, cwd): return seqgpt("infer", "--model_path", BEST, *args, cwd=cwd, input=typed)
+
+
 def test_interactive_shows_bars_and_takes_symbols(trained):
-    result = seqgpt("infer", "--model_path", "outputs/best_model", "--top", 3, cwd=trained, input="C4 D4\nH9\n\n/sample\n/back\n/clear\n/quit\n")
+    result = interactive("--top", 3, typed="C4 D4\nH9\n\n/sample\n/back\n/clear\n/quit\n", cwd=trained)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("█") and "2 symbols: C4 D4" in result.stdout and "'H9', is not in the vocabulary" in result.stdout
-    assert seqgpt("infer", "--model_path", "outputs/best_model", cwd=trained, input="").returncode == 0
-    full = seqgpt("infer", "--model_path", "outputs/best_model", "--prompt", " ".join(["C4"]*14), cwd=trained, input="/sample\n/sample\n/sample\n")
-    assert full.returncode == 0 and "The sequence has ended" in full.stdout, full.stderr # 16 positions, one of them for <bos>
+    assert result.stdout.count("█") and "2 symbols: C4 D4" in result.stdout
+    assert "'H9', is not in the vocabulary" in result.stdout
+    assert interactive(typed="", cwd=trained).returncode == 0
+    # 16 positions, one of them for <bos>
+    full = interactive("--prompt", " ".join(["C4"]*14), typed="/sample\n/sample\n/sample\n", cwd=trained)
+    assert full.returncode == 0 and "The sequence has ended" in full.stdout, full.stderr
+
+
+TYPED = [ # and the symbols that are there then
+    ("E4 F4 G4", "C4 E4 F4 G4"), ("H9", "C4 E4 F4 G4"), ("C4", "C4 E4 F4 G4 C4"),
+    ("/back", "C4 E4 F4 G4"), ("/back", "C4 E4 F4"), ("G4 F4 E4", "C4 E4 F4 G4 F4 E4"),
+    ("/clear", ""), ("D4", "D4"), ("C4 <eos>", "D4"),
+    ("F4", "D4 F4"), ("/what", "D4 F4"), ("G4", "D4 F4 G4"),
+]
 
 
 def test_interactive_shows_what_the_model_says_whatever_was_typed_before(trained):
     from seqgpt.inference import next_tokens, text_bars
     from seqgpt.loading import load_model
     from seqgpt.tokenizer import load_tokenizer
-    model, tokenizer = load_model(trained/"outputs/best_model"), load_tokenizer(trained/"outputs/best_model")
-    typed = ["E4 F4 G4", "H9", "C4", "/back", "/back", "G4 F4 E4", "/clear", "D4", "C4 <eos>", "F4", "/what", "G4"]
-    shown = ["C4", "C4 E4 F4 G4", "C4 E4 F4 G4", "C4 E4 F4 G4 C4", "C4 E4 F4 G4", "C4 E4 F4", "C4 E4 F4 G4 F4 E4", "", "D4", "D4", "D4 F4", "D4 F4", "D4 F4 G4"]
-    result = seqgpt("infer", "--model_path", "outputs/best_model", "--prompt", "C4", "--top", 9, cwd=trained, input="\n".join([*typed, "/quit", ""]))
+    model = load_model(trained/BEST)
+    tokenizer = load_tokenizer(trained/BEST)
+    typed = "\n".join([*(line for line, _ in TYPED), "/quit", ""])
+    result = interactive("--prompt", "C4", "--top", 9, typed=typed, cwd=trained)
     found = re.findall(r"^\d+ symbols?.*\n((?:.*%.*\n)+)", result.stdout, re.M)
-    assert result.returncode == 0 and len(found) == len(shown), result.stdout
-    for bars, symbols in zip(found, shown): assert bars.strip() == text_bars(next_tokens(model, tokenizer, symbols, 9)).strip(), symbols
+    assert result.returncode == 0 and len(found) == 1 + len(TYPED), result.stdout
+    for bars, symbols in zip(found, ["C4", *(symbols for _, symbols in TYPED)]):
+        assert bars.strip() == text_bars(next_tokens(model, tokenizer, symbols, 9)).strip(), symbols
 
 
-def test_interactive_rolls_the_dice_of_the_seed(trained):
-    ask = lambda seed: seqgpt("infer", "--model_path", "outputs/best_model", "--seed", seed, cwd=trained, input="/sample\n"*12).stdout
+def test_interactive_samples_with_the_seed(trained):
+    def ask(seed): return interactive("--seed", seed, typed="/sample\n"*12, cwd=trained).stdout
     assert ask(1) == ask(1) != ask(2)
 
 
@@ -289,12 +359,14 @@ def test_finished_runs_are_left_alone(finished):
 
 def test_no_other_run_begins_before_the_evaluation_has_ended(corpus, monkeypatch):
     cli = importlib.import_module("seqgpt.cli")
-    show, seen = cli.show_run, []
+    show = cli.show_run
+    seen = []
     def other(config, run):
         refused(seqgpt(*RUN, "--max_steps", 2, "--overwrite", cwd=corpus), "another run is writing there")
         seen.append(show(config, run))
     monkeypatch.setattr(cli, "show_run", other)
-    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus, drawn=False).returncode == 0 and seen == [None] and (corpus/"outputs/samples.jsonl").exists()
+    assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus, drawn=False).returncode == 0
+    assert seen == [None] and (corpus/"outputs/samples.jsonl").exists()
 
 
 def test_places_that_cannot_be(corpus):
@@ -313,31 +385,66 @@ def test_resume_with_nothing_to_resume_starts(corpus):
 
 
 def test_diverging_run_stops_with_advice_and_keeps_the_best(corpus):
-    result = seqgpt(*RUN, "--num_epochs", 50, "--learning_rate", 1e12, "--precision", "fp32", "--max_grad_norm", 1e30, "--eval_steps", 1, "--warmup_steps", 1, cwd=corpus, bare=True)
-    assert result.returncode == 1 and "Traceback" not in result.stderr and "--learning_rate" in result.stderr, result.stderr
-    assert GPT2LMHeadModel.from_pretrained(corpus/"outputs/best_model")
+    diverging = ["--num_epochs", 50, "--learning_rate", 1e12, "--precision", "fp32", "--max_grad_norm", 1e30]
+    result = seqgpt(*RUN, *diverging, "--eval_steps", 1, "--warmup_steps", 1, cwd=corpus, bare=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "--learning_rate" in result.stderr
+    assert GPT2LMHeadModel.from_pretrained(corpus/BEST)
 
 
 # --- flags and files of settings
 
 def test_yaml_and_flags(corpus):
-    (corpus/"mine.yaml").write_text("data_path: data.jsonl\nlearning_rate: 3e-4\nmax_steps: 2\nn_layer: 1\nn_head: 2\nn_embd: 16\nmax_length: 16\nmodel:\n  resid_pdrop: 0.25\n")
-    result = seqgpt("train", "--config", "mine.yaml", "--n_embd", 32, "--model.embd_pdrop", "5e-1", cwd=corpus, bare=True)
+    (corpus/"mine.yaml").write_text("""
+data_path: data.jsonl
+learning_rate: 3e-4
+max_steps: 2
+n_layer: 1
+n_head: 2
+n_embd: 16
+max_length: 16
+model:
+  resid_pdrop: 0.25
+""")
+    flags = ["--config", "mine.yaml", "--n_embd", 32, "--model.embd_pdrop", "5e-1"]
+    result = seqgpt("train", *flags, cwd=corpus, bare=True)
     assert result.returncode == 0, result.stderr
-    saved, model = yaml.safe_load((corpus/"outputs/best_model/config.yaml").read_text()), json.loads((corpus/"outputs/best_model/config.json").read_text())
-    assert saved["learning_rate"] == 3e-4 and (model["n_embd"], model["resid_pdrop"], model["embd_pdrop"]) == (32, 0.25, 0.5)
+    saved = yaml.safe_load((corpus/BEST/"config.yaml").read_text())
+    model = read_json(corpus/BEST/"config.json")
+    assert saved["learning_rate"] == 3e-4
+    assert (model["n_embd"], model["resid_pdrop"], model["embd_pdrop"]) == (32, 0.25, 0.5)
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--learning_rat", "1"], ["'learning_rat'", "Did you mean --learning_rate"]), (["--batch_size", "many"], ["batch_size", "int"]),
-    (["--precision", "int8"], ["auto, fp32, bf16, fp16"]), (["--num_epochs", "0"], ["num_epochs"]), (["--learning_rate", "nan"], ["learning_rate"]),
-    (["--learning_rate", "-1"], ["learning_rate"]), (["--learning_rate", "-1e-3"], ["learning_rate is -0.001"]), (["--weight_decay", "-.5"], ["weight_decay is -0.5"]), (["--n_head", "5"], ["not divisible"]), (["--model.resid_drop", "1"], ["Did you mean 'resid_pdrop'"]),
-    (["--model.resid_pdrop", "high"], ["resid_pdrop"]), (["--long", "cut"], ["truncate, split or error"]), (["--max_length", "1"], ["max_length"]),
-    (["--data_path", "none.jsonl"], ["none.jsonl", "no such file or folder"]), (["--vocab_path", "none.json"], ["none.json", "--vocab_path"]), (["--config", "none.yaml"], ["none.yaml"]),
-    (["--validation_fraction", "1"], ["validation_fraction"]), (["--lr_scheduler_type", "cosin"], ["cosin"]), (["stray"], ["stray"]),
-    (["--model.activation_function", "gulu"], ["gulu"]), (["--lr_scheduler_type", "cosine_with_min_lr"], ["min_lr"]), (["--model.resid_pdrop", "2"], ["dropout"]),
-    (["--model.n_layer", "3"], ["--n_layer"]), (["--seed", "99999999999999"], ["seed"]), (["--max_steps", "0"], ["max_steps"]), (["--config", "quik"], ["presets are: classify, quick"]),
-    (["--data_path", "nowhere"], ["nowhere", "no such file or folder"]), (["--cache_dir", "data.jsonl"], ["data.jsonl"]), (["--seed", "x"], ["seed", "int"]),
+    (["--learning_rat", "1"], ["'learning_rat'", "Did you mean --learning_rate"]),
+    (["--batch_size", "many"], ["batch_size", "int"]),
+    (["--precision", "int8"], ["auto, fp32, bf16, fp16"]),
+    (["--num_epochs", "0"], ["num_epochs"]),
+    (["--learning_rate", "nan"], ["learning_rate"]),
+    (["--learning_rate", "-1"], ["learning_rate"]),
+    (["--learning_rate", "-1e-3"], ["learning_rate is -0.001"]),
+    (["--weight_decay", "-.5"], ["weight_decay is -0.5"]),
+    (["--n_head", "5"], ["not divisible"]),
+    (["--model.resid_drop", "1"], ["Did you mean 'resid_pdrop'"]),
+    (["--model.resid_pdrop", "high"], ["resid_pdrop"]),
+    (["--long", "cut"], ["truncate, split or error"]),
+    (["--max_length", "1"], ["max_length"]),
+    (["--data_path", "none.jsonl"], ["none.jsonl", "no such file or folder"]),
+    (["--vocab_path", "none.json"], ["none.json", "--vocab_path"]),
+    (["--config", "none.yaml"], ["none.yaml"]),
+    (["--validation_fraction", "1"], ["validation_fraction"]),
+    (["--lr_scheduler_type", "cosin"], ["cosin"]),
+    (["stray"], ["stray"]),
+    (["--model.activation_function", "gulu"], ["gulu"]),
+    (["--lr_scheduler_type", "cosine_with_min_lr"], ["min_lr"]),
+    (["--model.resid_pdrop", "2"], ["dropout"]),
+    (["--model.n_layer", "3"], ["--n_layer"]),
+    (["--seed", "99999999999999"], ["seed"]),
+    (["--max_steps", "0"], ["max_steps"]),
+    (["--config", "quik"], ["presets are: classify, quick"]),
+    (["--data_path", "nowhere"], ["nowhere", "no such file or folder"]),
+    (["--cache_dir", "data.jsonl"], ["data.jsonl"]),
+    (["--seed", "x"], ["seed", "int"]),
 ])
 def test_mistakes_in_flags_are_refused_and_nothing_is_written(args, words, corpus):
     refused(seqgpt(*RUN, *args, cwd=corpus), *words)
@@ -350,10 +457,13 @@ def test_misspelt_key_in_a_file(corpus):
 
 
 USED_ELSEWHERE = {
-    "block_size": "--max_length", "lr": "--learning_rate", "epochs": "--num_epochs", "bf16": "--precision bf16", "fp16": "--precision fp16",
-    "dropout": "--model.resid_pdrop, --model.embd_pdrop and --model.attn_pdrop", "per_device_train_batch_size": "--batch_size",
-    "resume_from_checkpoint": "--resume", "max_iters": "--max_steps", "grad_clip": "--max_grad_norm", "d_model": "--n_embd",
-    "num_train_epochs": "--num_epochs", "warmup_ratio": "--warmup_steps", "accumulate_grad_batches": "--gradient_accumulation_steps"}
+    "block_size": "--max_length", "d_model": "--n_embd",
+    "dropout": "--model.resid_pdrop, --model.embd_pdrop and --model.attn_pdrop",
+    "lr": "--learning_rate", "grad_clip": "--max_grad_norm", "warmup_ratio": "--warmup_steps",
+    "epochs": "--num_epochs", "num_train_epochs": "--num_epochs", "max_iters": "--max_steps",
+    "per_device_train_batch_size": "--batch_size", "accumulate_grad_batches": "--gradient_accumulation_steps",
+    "bf16": "--precision bf16", "fp16": "--precision fp16", "resume_from_checkpoint": "--resume",
+}
 
 
 @pytest.mark.parametrize("name, ours", USED_ELSEWHERE.items())
@@ -374,22 +484,39 @@ def test_hints_name_settings_that_are_there(corpus):
     known = {name for names in flags.values() for name in names}
     for ours, theirs in USUAL.items():
         assert re.split("[ .]", ours)[0] in known, ours
-        for name in theirs.split(): assert any(nearest(name, [n for n in names if n != name]) for names in flags.values()), name
-    assert nearest("max_length", flags["infer"]) == "max_new_tokens" and nearest("out_dir", flags["train"]) == "output_dir"
+        for name in theirs.split():
+            others = [[flag for flag in names if flag != name] for names in flags.values()]
+            assert any(nearest(name, names) for names in others), name
+    assert nearest("max_length", flags["infer"]) == "max_new_tokens"
+    assert nearest("out_dir", flags["train"]) == "output_dir"
 
 
-BOTH = {"train": ("n_embd", 32, 16), "search": ("trials", 3, 4), "infer": ("top", 3, 4), "evaluate": ("batch_size", 3, 4), "serve": ("port", 3, 4),
-        "export": ("data_path", "a", "b"), "corpus digits": ("image_size", 8, 9), "corpus markov": ("order", 1, 2), "corpus labelled": ("seed", 3, 4)}
+BOTH = { # a setting of each verb, its value as a flag and in a file
+    "train": ("n_embd", 32, 16),
+    "search": ("trials", 3, 4),
+    "infer": ("top", 3, 4),
+    "evaluate": ("batch_size", 3, 4),
+    "serve": ("port", 3, 4),
+    "export": ("data_path", "a", "b"),
+    "corpus digits": ("image_size", 8, 9),
+    "corpus markov": ("order", 1, 2),
+    "corpus labelled": ("seed", 3, 4),
+}
 
 
 @pytest.mark.parametrize("verb, case", BOTH.items())
 def test_a_flag_wins_wherever_it_is(verb, case, tmp_path):
     name, flag, in_file = case
     (tmp_path/"mine.yaml").write_text(f"{name}: {in_file}\n")
-    for words in (f"--{name} {flag} --config mine.yaml", f"--config mine.yaml --{name} {flag}", f"--{name}={flag} --config=mine.yaml"):
-        result = seqgpt(*verb.split(), *words.split(), *["--model_path", "m"]*(verb in ("infer", "evaluate", "export")),
-                        *["--out_dir", "o"]*verb.startswith("corpus"), *["--data_path", "d"]*(verb == "corpus labelled"), "--print_config", cwd=tmp_path)
-        assert result.returncode == 0 and yaml.safe_load(result.stdout)[name] == flag, result.stdout + result.stderr
+    required = []
+    if verb in ("infer", "evaluate", "export"): required += ["--model_path", "m"]
+    if verb.startswith("corpus"): required += ["--out_dir", "o"]
+    if verb == "corpus labelled": required += ["--data_path", "d"]
+    for words in (f"--{name} {flag} --config mine.yaml", f"--config mine.yaml --{name} {flag}",
+                  f"--{name}={flag} --config=mine.yaml"):
+        result = seqgpt(*verb.split(), *words.split(), *required, "--print_config", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert yaml.safe_load(result.stdout)[name] == flag, result.stdout
 
 
 def test_of_two_files_the_later_one_wins_and_fields_of_the_model_add_up(corpus, monkeypatch):
@@ -397,7 +524,9 @@ def test_of_two_files_the_later_one_wins_and_fields_of_the_model_add_up(corpus, 
     (corpus/"b.yaml").write_text("n_head: 2\nmodel: {layer_norm_epsilon: 1e-6, resid_pdrop: 2e-1}\n")
     given = []
     monkeypatch.setattr("seqgpt.commands.train_command", lambda config, named: given.append(config))
-    result = seqgpt("train", "--model.embd_pdrop", 0, "--n_layer", 1, "--config", "a.yaml", "--data_path", "data.jsonl", "--config=b.yaml", cwd=corpus)
+    flags = ["--model.embd_pdrop", 0, "--n_layer", 1, "--config", "a.yaml",
+             "--data_path", "data.jsonl", "--config=b.yaml"]
+    result = seqgpt("train", *flags, cwd=corpus)
     assert result.returncode == 0, result.stderr
     config, = given
     assert (config.n_layer, config.n_embd, config.n_head) == (1, 16, 2)
@@ -408,21 +537,32 @@ def test_settings_from_numpy_pytorch_and_pathlib(tmp_path):
     from seqgpt.config import Config, read_config, write_config
     from seqgpt.markov import make_markov, write_markov
     from seqgpt.search import read_range
-    odd = Config(data_path=tmp_path/"d", output_dir=tmp_path/"o", max_length=np.int64(16), n_layer=torch.tensor(1), resume=np.bool_(True), learning_rate=np.float32(0.25),
-                 weight_decay=np.float64(0.5), num_epochs=np.int32(2), precision=np.str_("fp32"), model={"n_inner": np.int64(24), "resid_pdrop": np.float32(0.5)})
-    own = Config(data_path=f"{tmp_path}/d", output_dir=f"{tmp_path}/o", max_length=16, n_layer=1, resume=True, learning_rate=0.25,
-                 weight_decay=0.5, num_epochs=2, precision="fp32", model={"n_inner": 24, "resid_pdrop": 0.5})
-    types = lambda config: {name: type(value) for name, value in [*vars(config).items(), *config.model.items()]}
+    odd = Config(
+        data_path=tmp_path/"d", output_dir=tmp_path/"o", max_length=np.int64(16), n_layer=torch.tensor(1),
+        resume=np.bool_(True), learning_rate=np.float32(0.25), weight_decay=np.float64(0.5),
+        num_epochs=np.int32(2), precision=np.str_("fp32"),
+        model={"n_inner": np.int64(24), "resid_pdrop": np.float32(0.5)})
+    own = Config(
+        data_path=f"{tmp_path}/d", output_dir=f"{tmp_path}/o", max_length=16, n_layer=1,
+        resume=True, learning_rate=0.25, weight_decay=0.5,
+        num_epochs=2, precision="fp32",
+        model={"n_inner": 24, "resid_pdrop": 0.5})
+    def types(config):
+        values = {**vars(config), **{f"model.{name}": value for name, value in config.model.items()}}
+        return {name: type(value) for name, value in values.items()}
     assert odd == own and types(odd) == types(own)
     write_config(odd, tmp_path/"odd.yaml")
-    assert yaml.safe_load((tmp_path/"odd.yaml").read_text())["model"] == own.model and read_config(tmp_path/"odd.yaml").n_layer == 1
+    assert yaml.safe_load((tmp_path/"odd.yaml").read_text())["model"] == own.model
+    assert read_config(tmp_path/"odd.yaml").n_layer == 1
     assert read_range("n_layer", np.array([2, 4])) == read_range("n_layer", (2, 4)) == read_range("n_layer", [2, 4])
     numbers = dict(symbols=4, branching=2, classes=1, min_length=4, max_length=6)
     write_markov(tmp_path/"a", make_markov(**numbers), 2)
     write_markov(tmp_path/"b", make_markov(**{name: np.int64(n) for name, n in numbers.items()}), np.int64(2))
     assert (tmp_path/"a/source.json").read_text() == (tmp_path/"b/source.json").read_text()
-    for wrong in (dict(n_layer=np.float64(1.5)), dict(n_layer=np.bool_(True)), dict(resume=np.int64(1)), dict(n_layer=np.array([1, 2])), dict(task=tmp_path)):
-        with pytest.raises(InputError, match=f"{next(iter(wrong))} is"): Config(**wrong)
+    wrong = [("n_layer", np.float64(1.5)), ("n_layer", np.bool_(True)), ("resume", np.int64(1)),
+             ("n_layer", np.array([1, 2])), ("task", tmp_path)]
+    for name, value in wrong:
+        with pytest.raises(InputError, match=f"{name} is"): Config(**{name: value})
 
 
 # --- paths
@@ -466,61 +606,74 @@ for line in {TYPED_WRONG.splitlines()!r}:
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     said = result.stderr.splitlines()
-    assert len(said) == len(TYPED_WRONG.splitlines()) == sum("nowhere" in line or "Did you mean" in line or "expected" in line for line in said), result.stderr
+    assert len(said) == len(TYPED_WRONG.splitlines()), result.stderr
+    for line in said: assert "nowhere" in line or "Did you mean" in line or "expected" in line, line
+
+
+COMMANDS_AT_HOME = [
+    ["train", "--config", "mine.yaml", "--config=~/home.yaml", "--vocab_path=~/data/vocab.json", *TINY],
+    ["train", "--init_from=~/run/best_model", "--output_dir=~/next", "--validation_path=~/data",
+     "--cache_dir=~/cache", "--max_steps", 1, "--batch_size", 8],
+    ["evaluate", "--model_path=~/run/best_model", "--data_path=~/data", "--out_dir=~/e", "--num_samples", 2,
+     "--cache_dir=~/cache"],
+    ["infer", "--model_path=~/run/best_model", "--mode", "generate", "--prompt_file=~/data", "--out_dir=~/i",
+     "--cache_dir=~/cache"],
+    ["corpus", "labelled", "--data_path=~/data", "--vocab_path=~/data/vocab.json", "--out_dir=~/l"],
+    ["corpus", "digits", "--out_dir=~/d", "--image_size", 8],
+]
 
 
 def test_a_path_means_one_place(melodies, tmp_path, monkeypatch):
-    "The home folder, whoever expands `~`: the shell, which leaves it in `--flag=~/x`, the library or one that it uses."
+    "`~` is the home folder, also in `--flag=~/x`, which the shell leaves alone, and in files of settings."
     from seqgpt.config import Config
-    home, here = tmp_path/"home", tmp_path/"here"
+    home = tmp_path/"home"
+    here = tmp_path/"here"
     write_lines(home/"data", [{"tokens": t, "label": l} for t, l in melodies[:40]])
     here.mkdir()
     monkeypatch.setenv("HOME", str(home))
     (here/"mine.yaml").write_text("output_dir: ~/run\ndata_path: ~/data\ncache_dir: ~/cache\n")
     (home/"home.yaml").write_text("max_steps: 2\nmax_length: 16\n")
-    ask = lambda *words: seqgpt(*words, cwd=here, drawn=False)
-    for words in (["train", "--config", "mine.yaml", "--config=~/home.yaml", "--vocab_path=~/data/vocab.json", *TINY],
-                  ["train", "--init_from=~/run/best_model", "--output_dir=~/next", "--validation_path=~/data", "--cache_dir=~/cache", "--max_steps", 1, "--batch_size", 8],
-                  ["evaluate", "--model_path=~/run/best_model", "--data_path=~/data", "--out_dir=~/e", "--num_samples", 2, "--cache_dir=~/cache"],
-                  ["infer", "--model_path=~/run/best_model", "--mode", "generate", "--prompt_file=~/data", "--out_dir=~/i", "--cache_dir=~/cache"],
-                  ["corpus", "labelled", "--data_path=~/data", "--vocab_path=~/data/vocab.json", "--out_dir=~/l"], ["corpus", "digits", "--out_dir=~/d", "--image_size", 8]):
-        result = ask(*words)
+    for command in COMMANDS_AT_HOME:
+        result = seqgpt(*command, cwd=here, drawn=False)
         assert result.returncode == 0, result.stderr
     assert {"data", "home.yaml", "run", "next", "cache", "e", "i", "l", "d"} <= {p.name for p in home.iterdir()}
     assert {"checkpoints", "best_model", "config.yaml"} <= {p.name for p in (home/"run").iterdir()}
     assert Config("~/data", cache_dir="~/cache").cache_dir == str(home/"cache")
-    refused(ask("evaluate", "--model_path=~/nothing"), f"{home}/nothing: no config.json there")
+    result = seqgpt("evaluate", "--model_path=~/nothing", cwd=here, drawn=False)
+    refused(result, f"{home}/nothing: no config.json there")
     assert [p.name for p in here.iterdir()] == ["mine.yaml"]
 
 
 def test_functions_expand_paths_too(trained, tmp_path, monkeypatch):
     import seqgpt.corpora as corpora
-    import seqgpt.data as data
-    import seqgpt.evaluation as evaluation
-    import seqgpt.model as model
     import seqgpt.tokenizer as tokenizer
-    import seqgpt.training as training
-    monkeypatch.setenv("HOME", str(shutil.copytree(trained, home := tmp_path/"home")))
+    home = shutil.copytree(trained, tmp_path/"home")
+    monkeypatch.setenv("HOME", str(home))
     (tmp_path/"here").mkdir()
     monkeypatch.chdir(tmp_path/"here")
-    t, m = tokenizer.load_tokenizer("~/outputs/best_model"), model.load_model("~/outputs/best_model")
+    best = f"~/{BEST}"
+    t = tokenizer.load_tokenizer(best)
+    m = load_model(best)
     assert len(tokenizer.make_tokenizer("~/vocab.json")) == len(tokenizer.read_vocab("~/vocab.json")) == len(t)
-    assert model.task_of("~/outputs/best_model") == "clm" and corpora.load_source("~/data.jsonl") is None
-    assert len(data.read_corpus("~/data.jsonl", t, cache_dir="~/c").dataset) == len([*data.read_lines("~/data.jsonl")]) == 200
-    assert data.find_vocab("~/data.jsonl").exists() and data.corpus_files("~/data.jsonl")[0].exists()
-    config = training.read_config("~/outputs/config.yaml")
-    assert len(evaluation.evaluation_data("~/outputs/best_model", t, 16, "~/data.jsonl", cache_dir="~/c")[0]) == 200
-    training.write_config(config, "~/w/config.yaml")
-    training.save_model("~/w/model", m, t, config, {"perplexity": 2.0})
+    assert task_of(best) == "clm" and load_source("~/data.jsonl") is None
+    corpus = read_corpus("~/data.jsonl", t, cache_dir="~/c")
+    assert len(corpus.dataset) == len([*read_lines("~/data.jsonl")]) == 200
+    assert find_vocab("~/data.jsonl").exists() and corpus_files("~/data.jsonl")[0].exists()
+    config = read_config("~/outputs/config.yaml")
+    assert len(evaluation_data(best, t, 16, "~/data.jsonl", cache_dir="~/c")[0]) == 200
+    write_config(config, "~/w/config.yaml")
+    save_model("~/w/model", m, t, config, {"perplexity": 2.0})
     tokenizer.save_tokenizer(t, "~/w/tokenizer")
-    data.write_corpus("~/w/corpus", [["a"]], [0])
-    data.write_labelled("~/w/labelled", "~/w/corpus")
+    write_corpus("~/w/corpus", [["a"]], [0])
+    write_labelled("~/w/labelled", "~/w/corpus")
     corpora.write_digits("~/w/digits", 4)
     assert len(corpora.load_images("~/w/digits")) == 1797
-    corpora.write_markov("~/w/markov", corpora.make_markov(symbols=4, branching=2, classes=1, min_length=4, max_length=6), 2)
-    assert corpora.load_source("~/w/markov") is not None
-    assert {p.name for p in (home/"w").iterdir()} == {"config.yaml", "model", "tokenizer", "corpus", "labelled", "digits", "markov"}
-    with pytest.raises(InputError, match="is there already"): data.write_corpus("~/w/corpus", [["a"]])
+    markov = make_markov(symbols=4, branching=2, classes=1, min_length=4, max_length=6)
+    write_markov("~/w/markov", markov, 2)
+    assert load_source("~/w/markov") is not None
+    written = {"config.yaml", "model", "tokenizer", "corpus", "labelled", "digits", "markov"}
+    assert {p.name for p in (home/"w").iterdir()} == written
+    with pytest.raises(InputError, match="is there already"): write_corpus("~/w/corpus", [["a"]])
     assert not [*(tmp_path/"here").iterdir()]
 
 
@@ -558,8 +711,9 @@ def test_scripts_under_their_original_names(tmp_path, monkeypatch, capsys):
     write_digits(tmp_path/"d", 8)
     lines = (tmp_path/"d/sequences.jsonl").read_text().splitlines(True)
     (tmp_path/"d/sequences.jsonl").write_text("".join(lines[:100]))
-    size = "--max_length 66 --n_layer 1 --n_head 2 --n_embd 16"
-    run("train_gpt.py", f"--data_path d --max_steps 2 --batch_size 4 --num_epochs 1 --learning_rate 1e-3 --eval_steps 1 {size}")
+    sizes = "--max_length 66 --n_layer 1 --n_head 2 --n_embd 16"
+    steps = "--max_steps 2 --batch_size 4 --num_epochs 1 --learning_rate 1e-3 --eval_steps 1"
+    run("train_gpt.py", f"--data_path d {steps} {sizes}")
     assert (tmp_path/"outputs/samples.png").exists()
     capsys.readouterr()
     run("inference.py", "--model_path outputs/best_model --mode generate --max_new_tokens 5")
@@ -568,32 +722,49 @@ def test_scripts_under_their_original_names(tmp_path, monkeypatch, capsys):
 
 # --- messages
 
+DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def imported(nodes):
+    "Names that are imported from other modules of the package: {name here: (module, name there)}."
+    found = {}
+    for node in nodes:
+        if not isinstance(node, ast.ImportFrom) or not node.module: continue
+        if not node.level and not node.module.startswith("seqgpt."): continue
+        module = node.module.removeprefix("seqgpt.")
+        found |= {alias.asname or alias.name: (module, alias.name) for alias in node.names}
+    return found
+
+
+def texts_in(nodes):
+    "The texts in these nodes; of those with values, the fixed parts."
+    joined = [node for node in nodes if isinstance(node, ast.JoinedStr)]
+    parts = {id(part) for node in joined for part in node.values}
+    texts = ["".join(part.value for part in node.values if isinstance(part, ast.Constant)) for node in joined]
+    constants = [node for node in nodes if isinstance(node, ast.Constant) and id(node) not in parts]
+    return texts + [node.value for node in constants if isinstance(node.value, str)]
+
+
 def definitions():
-    "For each function and class of the package: those that it names, and the texts in it that name a flag."
-    found, definition = {}, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    "For each function and class of the package: those that it names, and its texts that name a flag."
+    found = {}
     for path in (ROOT/"seqgpt").glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        ours = lambda n: isinstance(n, ast.ImportFrom) and n.module and (n.level or n.module.startswith("seqgpt."))
-        taken = lambda nodes: {a.asname or a.name: (n.module.removeprefix("seqgpt."), a.name)
-                               for n in nodes if ours(n) for a in n.names}
-        known = {n.name: (path.stem, n.name) for n in tree.body if isinstance(n, definition)} | taken(tree.body)
-        for body in tree.body:
-            if not isinstance(body, definition): continue
-            nodes = [*ast.walk(body)]
-            names = known | taken(nodes)
-            joined = {id(part) for n in nodes if isinstance(n, ast.JoinedStr) for part in n.values}
-            fixed = lambda n: "".join(part.value for part in n.values if isinstance(part, ast.Constant))
-            texts = [fixed(n) for n in nodes if isinstance(n, ast.JoinedStr)]
-            constants = [n for n in nodes if isinstance(n, ast.Constant) and id(n) not in joined]
-            texts += [n.value for n in constants if isinstance(n.value, str)]
+        defined = [node for node in tree.body if isinstance(node, DEFINITION)]
+        known = {node.name: (path.stem, node.name) for node in defined} | imported(tree.body)
+        for definition in defined:
+            nodes = [*ast.walk(definition)]
+            names = known | imported(nodes)
             named = {names[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in names}
-            found[path.stem, body.name] = named, [t for t in texts if re.search(r"--[a-z]", t)]
+            texts = [text for text in texts_in(nodes) if re.search(r"--[a-z]", text)]
+            found[path.stem, definition.name] = named, texts
     return found
 
 
 def reached(found, start, passed):
     "All that `start` calls, and so on, without what is in `passed`."
-    seen, left = set(), [*start]
+    seen = set()
+    left = [*start]
     while left:
         one = left.pop()
         if one in seen or one in passed or one not in found: continue
@@ -602,26 +773,42 @@ def reached(found, start, passed):
     return seen
 
 
+def flags_of_verbs(cli, starts):
+    "The flags that each verb takes."
+    from seqgpt.config import Config
+    from seqgpt.markov import make_markov
+    more = {"train": [Config], "search": [Config], "corpus markov": [make_markov]}
+    flags = {}
+    for verb, name in starts.items():
+        takers = [getattr(cli, name), *more.get(verb, [])]
+        flags[verb] = {"config"}.union(*(inspect.signature(taker).parameters for taker in takers))
+    return flags
+
+
 def test_every_flag_that_a_message_names_is_one_of_the_verb_that_says_it():
     "Or the message names the verb that has it, as in `seqgpt train --learning_rate`."
     from seqgpt.cli import LESS, VERBS
-    from seqgpt.config import Config
-    cli, found = importlib.import_module("seqgpt.cli"), definitions()
-    starts = {verb: {"train": "train_command"}.get(verb, verb.replace(" ", "_")) for verb in VERBS}
-    more = {"train": [Config], "search": [Config], "corpus markov": [importlib.import_module("seqgpt.corpora").make_markov]}
-    takes = lambda verb: (inspect.signature(t).parameters for t in [getattr(cli, starts[verb]), *more.get(verb, [])])
-    flags = {verb: {"config"}.union(*takes(verb)) for verb in starts}
+    cli = importlib.import_module("seqgpt.cli")
+    found = definitions()
+    starts = {verb: verb.replace(" ", "_") for verb in VERBS}
+    starts["train"] = "train_command"
+    flags = flags_of_verbs(cli, starts)
     others = {"logdir", "nnodes", "nproc_per_node", "fsdp_version"} # of TensorBoard, torchrun and Accelerate
-    quoted = {("training", "load_data"), ("training", "check_config")} # `training_split` says what `seqgpt train` would say
-    with_path = {"train", "search", "corpus labelled"} # where a vocabulary is read from a file that the user names
-    wrong, walked = [], set()
+    # `training_split` says what `seqgpt train` would say
+    quoted = {("training", "load_data"), ("training", "check_config")}
+    with_path = {"train", "search", "corpus labelled"} # they read a vocabulary from a file that the user names
+    wrong = []
+    walked = set()
     for verb, name in starts.items():
         passed = set() if verb in ("train", "search") else quoted
         if verb not in with_path: passed = passed | {("tokenizer", "read_vocab")}
         for place in reached(found, [("cli", name), ("cli", "explain")], passed):
-            for text in found[place][1] + [LESS.get(verb, "")]*(place == ("cli", "explain")):
+            texts = found[place][1]
+            if place == ("cli", "explain"): texts = texts + [LESS.get(verb, "")]
+            for text in texts:
                 named = re.findall(r"seqgpt ((?:corpus )?[a-z]+)", text)
-                fine = flags[verb].union(others, *(flags.get(verb, ()) for verb in named))
-                walked |= {(place, text)}
-                wrong += [(verb, place, flag, text) for flag in re.findall(r"--([a-z]\w*)", text) if flag not in fine]
+                fine = flags[verb].union(others, *(flags.get(other, ()) for other in named))
+                walked.add((place, text))
+                flags_in_text = re.findall(r"--([a-z]\w*)", text)
+                wrong += [(verb, place, flag, text) for flag in flags_in_text if flag not in fine]
     assert not wrong and len(walked) > 60, wrong

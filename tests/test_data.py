@@ -18,7 +18,6 @@ import torch
 from conftest import NOTES, TINY, VOCAB, refused, seqgpt, write_lines
 from matplotlib.colors import to_hex
 
-from seqgpt import data
 from seqgpt.checks import InputError
 from seqgpt.config import Config
 from seqgpt.corpora import write_digits
@@ -291,7 +290,7 @@ def test_a_file_in_another_form_is_named_as_what_it_is(name, tmp_path, monkeypat
     "Before the vocabulary is missed, and by its first bytes alone; also the largest in a folder without data."
     content, what, remedy = OTHER[name]
     (tmp_path/name).write_bytes(content)
-    monkeypatch.setattr(data, "read_span", None)
+    monkeypatch.setattr("seqgpt.sources.read_span", None)
     for path, start in ((tmp_path/name, f"{name}: is "), (tmp_path, f"{name} is ")):
         said = f"{re.escape(start)}.*{re.escape(what)}.*{remedy}"
         with pytest.raises(InputError, match=said): find_vocab(path)

@@ -15,13 +15,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, VOCAB
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2ForSequenceClassification, GPT2Tokenizer,
-                          TextStreamer, pipeline)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2ForSequenceClassification,
+    GPT2Tokenizer,
+    TextStreamer,
+    pipeline,
+)
 
 from seqgpt.config import Config
 from seqgpt.model import make_config, new_model
 from seqgpt.saving import model_card
-from seqgpt.tokenizer import any_of, framing, load_tokenizer, make_tokenizer, save_tokenizer
+from seqgpt.tokenizer import (
+    any_of,
+    framing,
+    load_tokenizer,
+    make_tokenizer,
+    save_tokenizer,
+)
 
 TORCH = torch.__version__.split("+")[0]
 

@@ -12,13 +12,15 @@ import torch
 from conftest import refused, seqgpt
 from test_generation import EQUAL, TOKENIZER, UNEQUAL, WAYS, random_model
 
-from seqgpt import cli
 from seqgpt import export as E
 from seqgpt.checks import InputError
+from seqgpt.commands import measures
 from seqgpt.config import read_config
 from seqgpt.decoding import Decoder
 from seqgpt.inference import generate
 from seqgpt.loading import load_model
+from seqgpt.onnx_folder import FORMS
+from seqgpt.onnx_models import OnnxModel
 from seqgpt.runs import alone_in
 from seqgpt.saving import save_model
 from seqgpt.tokenizer import load_tokenizer
@@ -38,10 +40,10 @@ def exported(request, once):
     model = random_model(max_length=270, **MODELS[request.param])
     def export(folder):
         model.config.save_pretrained(folder)
-        for name, cache in E.FORMS["clm"].items(): E.to_onnx(model, folder/f"{name}.onnx", cache)
+        for name, cache in FORMS["clm"].items(): E.to_onnx(model, folder/f"{name}.onnx", cache)
     export.__name__ = f"exported_{request.param}"
     folder = once(export)
-    return model, {name: E.OnnxModel(folder/f"{name}.onnx") for name in E.FORMS["clm"]}
+    return model, {name: OnnxModel(folder/f"{name}.onnx") for name in FORMS["clm"]}
 
 
 def padding(length, gaps, left):
@@ -266,15 +268,15 @@ def check_damaged_folder(ask, written, folder):
 @pytest.fixture
 def quick_export(written, monkeypatch):
     "The files of the language model are copied instead of exported anew, which takes seconds."
-    there = {cache: written/"lm"/BEST/f"onnx/{name}.onnx" for name, cache in E.FORMS["clm"].items()}
-    monkeypatch.setattr(E, "to_onnx", lambda model, path, cache: shutil.copy(there[cache], path))
+    there = {cache: written/"lm"/BEST/f"onnx/{name}.onnx" for name, cache in FORMS["clm"].items()}
+    monkeypatch.setattr("seqgpt.onnx_folder.to_onnx", lambda model, path, cache: shutil.copy(there[cache], path))
 
 
 def test_a_wrong_file_is_not_written(written, quick_export, monkeypatch):
     model = written/"lm"/BEST
     folder = model/"onnx"
     before = {p: p.read_bytes() for p in folder.iterdir()}
-    monkeypatch.setattr(E, "difference", lambda *args: 0.1)
+    monkeypatch.setattr("seqgpt.onnx_folder.difference", lambda *args: 0.1)
     result = seqgpt("export", "--model_path", model, cwd=written/"lm")
     assert result.returncode == 1 and "gives other numbers than PyTorch" in result.stderr
     assert before == {p: p.read_bytes() for p in folder.iterdir()} and not [*model.glob(".*")]
@@ -303,19 +305,19 @@ def test_a_result_is_not_given_to_another_model(written, quick_export, monkeypat
     tokenizer = load_tokenizer(best)
     config = read_config(best/"config.yaml")
     def replace_best(): save_model(best, model, tokenizer, config, {})
-    measure, plot = cli.measures("clm")
+    measure, plot = measures("clm")
     def measure_and_replace(*args, **kwargs):
         measured = measure(*args, **kwargs)
         replace_best()
         return measured
-    monkeypatch.setattr(cli, "measures", lambda task: (measure_and_replace, plot))
+    monkeypatch.setattr("seqgpt.commands.measures", lambda task: (measure_and_replace, plot))
     result = seqgpt("evaluate", "--model_path", BEST, "--num_samples", 0, cwd=lm)
     refused(result, "has replaced the model meanwhile", "best_model/evaluation was not written")
-    to_onnx = E.to_onnx
+    from seqgpt.onnx_folder import to_onnx  # what it is now
     def replace_and_export(*args):
         replace_best()
         return to_onnx(*args)
-    monkeypatch.setattr(E, "to_onnx", replace_and_export)
+    monkeypatch.setattr("seqgpt.onnx_folder.to_onnx", replace_and_export)
     refused(seqgpt("export", "--model_path", BEST, cwd=lm), "has replaced the model meanwhile")
     assert not (best/"evaluation").exists() and not (best/"onnx").exists() and not [*lm.rglob(".*.part")]
 

@@ -3,14 +3,24 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    StoppingCriteriaList,
+)
 
 from seqgpt.checks import InputError
 from seqgpt.decoding import Decoder
 from seqgpt.evaluation import evaluate
-from seqgpt.inference import make_sampler, generate, next_tokens, stream
+from seqgpt.inference import generate, make_sampler, next_tokens, stream
 from seqgpt.model import make_config, new_model
-from seqgpt.prompts import encode_prompt, encode_sequence, one_character_each, split_symbols
+from seqgpt.prompts import (
+    encode_prompt,
+    encode_sequence,
+    one_character_each,
+    split_symbols,
+)
 from seqgpt.scores import score_sequences
 from seqgpt.tokenizer import make_tokenizer
 

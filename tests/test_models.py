@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 
 import seqgpt.training as training
 from seqgpt.checks import InputError
+from seqgpt.config import Config
 from seqgpt.decoding import Decoder
 from seqgpt.loading import load_model
 from seqgpt.model import make_config, new_model
@@ -46,7 +47,7 @@ def learn(melodies, tmp_path_factory):
         m.setattr(training, "save_curves", lambda *args: None) # half of the time
         def run(**fields):
             out = folder/"-".join(fields or ["plain"])
-            config = training.Config(str(folder/"data.jsonl"), output_dir=str(out), cache_dir=str(folder/"cache"),
+            config = Config(str(folder/"data.jsonl"), output_dir=str(out), cache_dir=str(folder/"cache"),
                                      max_length=16, n_layer=2, n_head=2, n_embd=16, batch_size=16, max_steps=2,
                                      learning_rate=1e-2, model=BASE | fields)
             training.train(config)

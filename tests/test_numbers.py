@@ -8,7 +8,6 @@ import re
 import sys
 import threading
 import tracemalloc
-import weakref
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -20,12 +19,16 @@ from conftest import NOTES, seqgpt, write_lines
 from transformers import TrainerCallback
 
 import seqgpt.training as T
+from seqgpt.callbacks import Diverged, out_of_memory
+from seqgpt.config import Config
 from seqgpt.corpora import write_digits
 from seqgpt.decoding import Decoder
 from seqgpt.evaluation import evaluate
 from seqgpt.inference import generate
 from seqgpt.loading import load_model
 from seqgpt.markov import make_markov, write_markov
+from seqgpt.model import make_config, new_model
+from seqgpt.resolving import load_data, load_vocab
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, batch_size=16, max_steps=60, eval_steps=30, precision="fp32")
 
@@ -41,7 +44,7 @@ def config(tmp_path_factory):
     "Digits of 8x8 pixels, and a small model."
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder/"data", 8, 8)
-    return T.Config(str(folder/"data"), output_dir=str(folder/"run"), cache_dir=str(folder/"cache"), max_length=66,
+    return Config(str(folder/"data"), output_dir=str(folder/"run"), cache_dir=str(folder/"cache"), max_length=66,
                     **SMALL)
 
 
@@ -68,7 +71,7 @@ TOO_HIGH = [
 @pytest.mark.parametrize("settings", TOO_HIGH, ids=str)
 def test_a_rate_far_too_high_is_stopped_early(settings, sequences, tmp_path, undrawn):
     config = replace(sequences, output_dir=str(tmp_path/"run"), **settings)
-    with pytest.raises(T.Diverged, match="There was no good model yet") as e: T.train(config)
+    with pytest.raises(Diverged, match="There was no good model yet") as e: T.train(config)
     # the writer of curves has been closed
     assert not [t for t in threading.enumerate() if "tensorboard" in type(t).__module__]
     advised = float(re.search(r"it was .*; try ([\d.e+-]+)\)", str(e.value))[1])
@@ -97,7 +100,7 @@ def test_the_best_model_is_kept_when_the_rate_rises_too_high(sequences, tmp_path
                 for group in optimizer.param_groups: group["lr"] = 3.0
     config = replace(sequences, output_dir=str(tmp_path), learning_rate=1e-2, max_steps=200, eval_steps=20,
                      logging_steps=5)
-    with pytest.raises(T.Diverged, match="The best model so far is kept"): T.train(config, [Raise()])
+    with pytest.raises(Diverged, match="The best model so far is kept"): T.train(config, [Raise()])
     assert json.loads((tmp_path/"best_model/metrics.json").read_text())["step"] == 40
 
 
@@ -115,13 +118,13 @@ def test_a_model_of_other_data_begins_high_and_may_go_on(sequences, tmp_path, un
     losses = [log["loss"] for log in T.train(other).history if "loss" in log]
     assert min(losses) > 2*math.log(9)
     high = replace(other, output_dir=str(tmp_path/"high"), learning_rate=30.0, warmup_steps=0)
-    with pytest.raises(T.Diverged): T.train(high)
+    with pytest.raises(Diverged): T.train(high)
 
 
 def test_sequences_learned_by_heart_are_no_divergence(tmp_path, undrawn):
     rng = np.random.default_rng(0)
     write_lines(tmp_path, [{"tokens": rng.choice(NOTES, 12).tolist()} for _ in range(10)])
-    config = T.Config(str(tmp_path/"data.jsonl"), output_dir=str(tmp_path/"run"), cache_dir=str(tmp_path/"cache"),
+    config = Config(str(tmp_path/"data.jsonl"), output_dir=str(tmp_path/"run"), cache_dir=str(tmp_path/"cache"),
                       max_length=16, learning_rate=1e-2, n_layer=2, n_head=2, n_embd=32, logging_steps=1,
                       num_epochs=300, eval_steps=100, validation_fraction=0.5)
     run = T.train(config)
@@ -136,6 +139,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "" # the memory of a GPU would not run out
 import contextlib, re, resource, sys, tempfile, psutil
 from seqgpt.cli import main
 import seqgpt.training as T
+from seqgpt.config import Config
 
 def child(call):
     "Exit code and standard error of a process of its own, which has what is loaded here."
@@ -148,7 +152,7 @@ def child(call):
         said.seek(0)
         return code, said.read()
 
-config = T.Config("data", cache_dir="cache", output_dir="first", max_length=66, precision="fp32", max_steps=2,
+config = Config("data", cache_dir="cache", output_dir="first", max_length=66, precision="fp32", max_steps=2,
                   n_layer=2, n_head=2, n_embd=64, batch_size=2)
 T.save_curves = lambda *_: None # to draw takes long
 T.train(config) # everything is loaded
@@ -159,33 +163,17 @@ flags = ("train --data_path data --cache_dir cache --max_length 66 --precision f
 large = "--n_embd 64 --batch_size 160 --gradient_accumulation_steps 3".split()
 code, said = child(lambda: main([*flags, *large]))
 assert code == 1 and len(said.strip().splitlines()) == 2, said
-size, parts = map(int, re.search(r"--batch_size (\\d+) --gradient_accumulation_steps (\\d+) fits", said).groups())
+size, parts = map(int, re.search(r"--batch_size (\\d+) --gradient_accumulation_steps (\\d+):", said).groups())
 assert 1 < size < 160 and size*parts == 480, said
-fitting = T.replace(config, output_dir="second", batch_size=size, gradient_accumulation_steps=parts)
-code, _ = child(lambda: T.train(fitting) and 0)
-assert code == 0 # what is said to fit fits
-code, said = child(lambda: main([*flags, "--batch_size", "4", "--n_embd", "1024", "--overwrite"]))
-assert code == 1 and "Not even one" in said and "--n_embd" in said, said
-assert re.search(r"parameters alone take 0.4\\d GB", said), said
+code, said = child(lambda: main([*flags, "--batch_size", "1", "--n_embd", "1024", "--overwrite"]))
+assert code == 1 and "--batch_size 1 is the least there is" in said and "--n_embd" in said, said
 """
 
 
-def test_out_of_memory_says_what_fits(config, tmp_path, forks):
+def test_out_of_memory_says_what_to_lower(config, tmp_path, forks):
     (tmp_path/"data").symlink_to(config.data_path)
     ran = forks(cwd=tmp_path, code=OUT)
     assert ran["passed"], ran["printed"]
-
-
-def test_what_was_computed_is_gone_before_less_is_tried(sequences, tmp_path, monkeypatch):
-    held = []
-    def run_out(self, model, inputs, *args, **kwargs):
-        assert not any(seen() is not None for seen in held)
-        computed = torch.zeros(len(inputs["input_ids"]))
-        held.append(weakref.ref(computed))
-        raise MemoryError
-    monkeypatch.setattr(T.SequenceTrainer, "compute_loss", run_out)
-    with pytest.raises(T.OutOfMemory, match="Not even one"): T.train(replace(sequences, output_dir=str(tmp_path)))
-    assert len(held) == 5 # 16, 8, 4, 2, 1
 
 
 NO_MEMORY = {
@@ -203,7 +191,7 @@ def test_out_of_memory_names_the_setting_of_the_verb(verb, setting, error, monke
     def run_out(*args): raise error
     monkeypatch.setattr("seqgpt.cli.run_verb", run_out)
     result = seqgpt(verb, "--model_path", "x", cwd=tmp_path)
-    assert result.returncode == 1 and T.out_of_memory(error)
+    assert result.returncode == 1 and out_of_memory(error)
     assert f"seqgpt {verb}: out of memory" in result.stderr and setting in result.stderr
 
 
@@ -242,8 +230,8 @@ def test_threads_and_batches_change_only_the_last_digits(sequences, tmp_path, un
     def losses(history): return [log["eval_loss"] for log in history if "eval_loss" in log]
     assert losses(one) == pytest.approx(losses(other), rel=1e-4)
     model = load_model(tmp_path/"one/best_model")
-    tokenizer = T.load_vocab(same)
-    held_out = T.load_data(same, tokenizer)[1].validation
+    tokenizer = load_vocab(same)
+    held_out = load_data(same, tokenizer)[1].validation
     def nats(batch_size): return evaluate(model, tokenizer, held_out, batch_size, num_samples=0).scores.total[0]
     assert nats(1) == pytest.approx(nats(16), rel=1e-6)
 
@@ -297,9 +285,9 @@ def test_memory_stays_flat_in_training(steps, sequences, tmp_path):
 
 @pytest.mark.parametrize("number", [2000, pytest.param(200_000, marks=pytest.mark.slow)])
 def test_memory_stays_flat_in_evaluation(number, sequences):
-    tokenizer = T.load_vocab(sequences)
-    dataset = T.load_data(sequences, tokenizer)[0].dataset
-    model = T.new_model(T.make_config(tokenizer, 64, 1, 2, 16), seed=0).eval()
+    tokenizer = load_vocab(sequences)
+    dataset = load_data(sequences, tokenizer)[0].dataset
+    model = new_model(make_config(tokenizer, 64, 1, 2, 16), seed=0).eval()
     def much(n):
         rows = np.resize(np.arange(len(dataset)), n)
         return evaluate(model, tokenizer, dataset.select(rows), 64, num_samples=0)
@@ -313,8 +301,8 @@ def test_memory_stays_flat_in_evaluation(number, sequences):
 
 
 def test_memory_stays_flat_in_generation(sequences):
-    tokenizer = T.load_vocab(sequences)
-    model = T.new_model(T.make_config(tokenizer, 64, 1, 2, 16), seed=0).eval()
+    tokenizer = load_vocab(sequences)
+    model = new_model(make_config(tokenizer, 64, 1, 2, 16), seed=0).eval()
     def draw(batches, rounds):
         generate(model, tokenizer, num_samples=32*batches)
         decoder = Decoder(model)

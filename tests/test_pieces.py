@@ -15,9 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import NOTES, VOCAB
+from filelock import FileLock, Timeout
 
 import seqgpt.data as D
 from seqgpt.checks import InputError
+from seqgpt.encoding import read_corpus
+from seqgpt.files import locked
+from seqgpt.sources import corpus_files, read_span, whole
+from seqgpt.streaming import Stream, stream_corpus
 from seqgpt.tokenizer import make_tokenizer
 
 TOKENIZER = make_tokenizer(VOCAB)
@@ -35,7 +40,7 @@ def read(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(D, "PIECE", size)
             kwargs["cache_dir"] = cache or tmp_path/f"cache{len([*tmp_path.iterdir()])}"
-            return D.read_corpus(path, TOKENIZER, **kwargs)
+            return read_corpus(path, TOKENIZER, **kwargs)
     return read
 
 
@@ -79,12 +84,12 @@ def test_every_cut_of_a_file(end, read, tmp_path):
     assert ("unknown token: 4, at line 10 ('H4'), line 11 ('H4'), "
             "line 13 ('J4') and more") in str(want)
     n = path.stat().st_size
-    lines = [*D.read_span(D.whole(path))]
+    lines = [*read_span(whole(path))]
     for size in range(1, n + 2):
         found = []
         before = 0
         for (span,) in D.cut_files([path], size):
-            part = [*D.read_span(span)]
+            part = [*read_span(span)]
             found += [(before + number, line) for number, line in part]
             before += len(part)
         assert found == lines, size
@@ -102,7 +107,7 @@ def test_every_mixture_in_every_size(long, read, tmp_path):
     pieces = sum(-(-(len(r["tokens"]) + 1)//4) for r in rows)
     assert len(want.dataset) == (60 if long == "truncate" else pieces)
     assert want.report["sequences"] == 60
-    files = D.corpus_files(tmp_path/"c")
+    files = corpus_files(tmp_path/"c")
     sizes = {len(D.cut_files(files, size)): size for size in (*range(1, 2000, 37), 2**26)}
     assert len(sizes) > 8 and min(sizes) == 1
     for size in sizes.values(): same(read(tmp_path/"c", size, long=long, max_length=5), want)
@@ -185,7 +190,7 @@ def test_a_note_is_believed_only_of_files_left_alone(read, tmp_path, monkeypatch
     monkeypatch.setattr(D, "piece_key", lambda *args: hashed.append(1) or key(*args))
     for _ in range(2): read(path, cache=cache)
     assert len(hashed) == 2 # it is too new
-    monkeypatch.setattr(D.time, "time_ns", lambda now=time.time_ns: now() + 3*10**9)
+    monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() + 3*10**9)
     want = read(path, cache=cache)
     assert len(hashed) == 3
     same(read(path, cache=cache), want)
@@ -304,12 +309,12 @@ assert os.waitpid(one, 0)[1] == 0
 @pytest.mark.parametrize("rank, said", [("0", "waiting\n"), ("1", "")])
 def test_of_the_processes_of_a_run_one_says_that_it_waits(rank, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
-    acquire = D.FileLock.acquire
+    acquire = FileLock.acquire
     def is_taken(lock, blocking=True):
-        if not blocking: raise D.Timeout(lock.lock_file)
+        if not blocking: raise Timeout(lock.lock_file)
         return acquire(lock)
-    monkeypatch.setattr(D.FileLock, "acquire", is_taken)
-    with D.locked(tmp_path/"lock", "waiting", wait=True): pass
+    monkeypatch.setattr(FileLock, "acquire", is_taken)
+    with locked(tmp_path/"lock", "waiting", wait=True): pass
     assert capsys.readouterr().out == said
 
 
@@ -361,7 +366,7 @@ def test_the_sample_is_drawn_as_ever(read, tmp_path):
 # --- the stream
 
 def stream_of(files, *args, max_length=64, long="truncate", **kwargs):
-    return D.Stream(files, D.make_coding(TOKENIZER, max_length, long, None)[0], *args, **kwargs)
+    return Stream(files, D.make_coding(TOKENIZER, max_length, long, None)[0], *args, **kwargs)
 
 
 def epoch(stream, e=0, process=0, processes=1):
@@ -388,7 +393,7 @@ def mixed(tmp_path):
 @pytest.mark.parametrize("part", [60, 1000, 2**20])
 def test_a_stream_gives_what_an_encoded_corpus_has(long, part, mixed, read):
     want = D.split_corpus(read(mixed, long=long, max_length=5).dataset, 0.3, 4, by="content")
-    stream = stream_of(D.corpus_files(mixed), 0.3, 4, max_length=5, long=long, part=part)
+    stream = stream_of(corpus_files(mixed), 0.3, 4, max_length=5, long=long, part=part)
     first = epoch(stream)
     assert Counter(map(str, first)) == Counter(map(str, of(want.train)))
     for processes in (2, 3, 7):
@@ -397,9 +402,9 @@ def test_a_stream_gives_what_an_encoded_corpus_has(long, part, mixed, read):
         assert max(map(len, shares)) < 2*len(first)/processes
     assert len(stream.spans) == 1 or epoch(stream, 1) != first
     assert epoch(stream) == first and sorted(map(str, epoch(stream, 1))) == sorted(map(str, first))
-    corpus, split = D.stream_corpus(mixed, TOKENIZER, 5, long, fraction=0.3, seed=4)
+    corpus, split = stream_corpus(mixed, TOKENIZER, 5, long, fraction=0.3, seed=4)
     assert of(split.validation) == of(want.validation) and split.validation.features == want.validation.features
-    few = D.stream_corpus(mixed, TOKENIZER, 5, long, fraction=0.3, seed=4, held_out=7)[1]
+    few = stream_corpus(mixed, TOKENIZER, 5, long, fraction=0.3, seed=4, held_out=7)[1]
     assert of(few.validation) == of(want.validation)[:len(few.validation)]
     assert sum(few.validation["begins"]) == len(few.validation_index) == 7
     assert want.validation["begins"][len(few.validation)] # the last sequence is there with all its pieces
@@ -407,7 +412,7 @@ def test_a_stream_gives_what_an_encoded_corpus_has(long, part, mixed, read):
 
 def test_a_stream_begins_anew_in_the_same_way_and_never_ends(mixed):
     def some(n, **settings):
-        stream = stream_of(D.corpus_files(mixed), 0.3, settings.pop("seed", 4), part=300)
+        stream = stream_of(corpus_files(mixed), 0.3, settings.pop("seed", 4), part=300)
         for name, value in {"batch_size": 4, "pool": 10, **settings}.items(): setattr(stream, name, value)
         return ids_of(stream, n)
     def ids_of(stream, n): return [str(row["input_ids"].tolist()) for row in itertools.islice(stream, n)]
@@ -417,7 +422,7 @@ def test_a_stream_begins_anew_in_the_same_way_and_never_ends(mixed):
     lengths = np.array([len(json.loads(row)) for row in once]).reshape(-1, 4)
     assert (lengths.max(1) - lengths.min(1)).mean() < 0.5
     assert abs(np.corrcoef(np.arange(len(lengths)), lengths.mean(1))[0, 1]) < 0.2
-    stream = stream_of(D.corpus_files(mixed), 0.3, 4, part=300)
+    stream = stream_of(corpus_files(mixed), 0.3, 4, part=300)
     whole = sorted(str(ids) for ids, *_ in epoch(stream))
     n = len(whole)
     stream.batch_size = 1
@@ -427,7 +432,7 @@ def test_a_stream_begins_anew_in_the_same_way_and_never_ends(mixed):
 
 
 def test_helpers_of_a_loader_share_the_share(mixed):
-    stream = stream_of(D.corpus_files(mixed), 0.3, 4)
+    stream = stream_of(corpus_files(mixed), 0.3, 4)
     class Once(torch.utils.data.IterableDataset):
         def __iter__(self): return (digest for *_, digest, _ in stream.epoch(0))
     found = torch.utils.data.DataLoader(Once(), batch_size=None, num_workers=2)
@@ -445,18 +450,18 @@ def test_a_stream_names_a_bad_line(kind, tmp_path, capsys):
     stream = make(True)
     assert len(epoch(stream)) == len(epoch(stream, 1)) == 38
     assert capsys.readouterr().out.count("H4") == 1
-    with pytest.raises(InputError, match=r"a, line 18: unknown token"): D.stream_corpus(path, TOKENIZER)
+    with pytest.raises(InputError, match=r"a, line 18: unknown token"): stream_corpus(path, TOKENIZER)
     nothing = write(tmp_path/"b", kind, [{"tokens": ["H4"]}] * 3)
     with pytest.raises(InputError, match="no sequence in it to train on"):
-        next(iter(D.Stream([nothing], stream.coding, 0.2, 0, True)))
+        next(iter(Stream([nothing], stream.coding, 0.2, 0, True)))
     with pytest.raises(InputError, match="no sequence in it would be set aside"):
-        D.stream_corpus(nothing, TOKENIZER, skip_bad_lines=True)
+        stream_corpus(nothing, TOKENIZER, skip_bad_lines=True)
 
 
 def test_what_is_known_of_a_stream(mixed):
-    def fingerprint(*args): return D.stream_corpus(mixed, TOKENIZER, *args)[0].report["fingerprint"]
+    def fingerprint(*args): return stream_corpus(mixed, TOKENIZER, *args)[0].report["fingerprint"]
     size = sum(p.stat().st_size for p in mixed.iterdir())/1000
-    corpus, split = D.stream_corpus(mixed, TOKENIZER, held_out=9)
+    corpus, split = stream_corpus(mixed, TOKENIZER, held_out=9)
     assert str(corpus).startswith(f"A stream of 3 files, {size:.1f}kB, read while")
     assert str(split).startswith("9 sequences to validate; what is not set aside")
     assert corpus.report["fingerprint"] == fingerprint() != fingerprint(20)

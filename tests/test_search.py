@@ -2,6 +2,9 @@
 import json
 import math
 import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import optuna
 import pytest
@@ -11,10 +14,12 @@ from conftest import ROOT, TINY, installed, refused, seqgpt, write_lines, write_
 from matplotlib.figure import Figure
 
 from seqgpt import search as S
-from seqgpt.callbacks import Interrupted
+from seqgpt.callbacks import Diverged, Interrupted
 from seqgpt.checks import InputError
-from seqgpt.cli import EXTRAS
+from seqgpt.cli import EXTRAS, search
 from seqgpt.config import Config, read_config
+from seqgpt.runs import Finished
+from seqgpt.training import train
 
 RUN = ["search", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
 
@@ -66,7 +71,7 @@ def test_command_finds_what_is_known_to_be_best(corpus):
     "a number": ({"n_layer": 2}, "or a range"), "wrong kind": ({"n_layer": [2, "many"]}, "n_layer is 'many'. It must be a whole number"), "no whole numbers": ({"n_layer": "1.5..3.5"}, "n_layer is 1.5"),
 }.values())
 def test_spaces_that_make_no_sense_are_refused_before_anything_is_written(space, words, base, corpus):
-    with pytest.raises(InputError, match=words.replace("?", "\\?")): S.search(base, space)
+    with pytest.raises(InputError, match=words.replace("?", "\\?")): search(base, space)
     assert not (corpus/"s").exists()
 
 
@@ -82,7 +87,7 @@ def test_other_mistakes_are_refused(base, corpus, monkeypatch):
     (corpus/"s/study.jsonl").write_text("nonsense\n")
     refused(seqgpt(*RUN, "--output_dir", "s", "--resume", cwd=corpus), "not a study that can go on")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="in one process"): S.search(base)
+    with pytest.raises(InputError, match="in one process"): search(base)
 
 
 def test_kinds_of_ranges():
@@ -99,20 +104,20 @@ class Stop(S.Report):
 
 def test_an_interrupted_search_ends_as_one_that_was_not(base, corpus, monkeypatch):
     space = {"learning_rate": "1e-4..1e-1", "n_head": [2, 4], "weight_decay": "0.0..0.3"}
-    whole = S.search(S.replace(base, output_dir="whole"), space, 5)
+    whole = search(replace(base, output_dir="whole"), space, 5)
     with monkeypatch.context() as patch:
         patch.setattr(S, "Report", Stop)
-        with pytest.raises(Interrupted, match="Stopped after 3 of 5 trials; all is saved. Go on with: seqgpt search --config s/config.yaml --resume"): S.search(base, space, 5)
+        with pytest.raises(Interrupted, match="Stopped after 3 of 5 trials; all is saved. Go on with: seqgpt search --config s/config.yaml --resume"): search(base, space, 5)
     assert (corpus/"s/trial-003/checkpoints").exists() and len((corpus/"s/trials.jsonl").read_text().splitlines()) == 3
     with open(corpus/"s/study.jsonl", "a") as journal: journal.write('{"op_code": 4, "wor') # as if it had been killed while writing
-    assert same(S.search(S.replace(base, resume=True), space, 4), S.Search(whole.output_dir, space, whole.trials[:4]))
-    halves = S.search(S.replace(base, resume=True), space, 5) # more trials than at first
+    assert same(search(replace(base, resume=True), space, 4), S.Search(whole.output_dir, space, whole.trials[:4]))
+    halves = search(replace(base, resume=True), space, 5) # more trials than at first
     assert same(halves, whole) and read_config("s/best.yaml") == read_config("whole/best.yaml")
     assert (corpus/"s/best_model/model.safetensors").read_bytes() == (corpus/"whole/best_model/model.safetensors").read_bytes()
     assert not [*corpus.glob("s/trial-*"), *corpus.glob("s/.*.part")]
-    with pytest.raises(InputError, match="space"): S.search(S.replace(base, resume=True), {"n_layer": [1]}, 5)
+    with pytest.raises(InputError, match="space"): search(replace(base, resume=True), {"n_layer": [1]}, 5)
     write_lines(corpus, [{"tokens": ["C4"]}, {"tokens": ["D4"]}]*5)
-    with pytest.raises(InputError, match="differ from the interrupted search: the data"): S.search(S.replace(base, resume=True), space, 5)
+    with pytest.raises(InputError, match="differ from the interrupted search: the data"): search(replace(base, resume=True), space, 5)
 
 
 def test_a_trial_that_was_told_nobody_is_not_run_again(base, corpus, monkeypatch):
@@ -121,41 +126,41 @@ def test_a_trial_that_was_told_nobody_is_not_run_again(base, corpus, monkeypatch
     def killed(self, *args, **kwargs): raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(optuna.Study, "tell", killed)
-        S.search(base, {"learning_rate": "1e-3..1e-1"}, 1)
-    train = S.train
+        search(base, {"learning_rate": "1e-3..1e-1"}, 1)
+    train = train
     def counted(config, callbacks):
         try: return train(config, callbacks)
-        except S.Finished: runs.append("finished"); raise
+        except Finished: runs.append("finished"); raise
     monkeypatch.setattr(S, "train", counted)
     assert optuna.Study.tell is tell
-    found = S.search(S.replace(base, resume=True), {"learning_rate": "1e-3..1e-1"}, 1)
+    found = search(replace(base, resume=True), {"learning_rate": "1e-3..1e-1"}, 1)
     assert runs == ["finished"] and found.ranking[0]["perplexity"] < 9
 
 
 def test_trials_fail_with_a_reason_and_the_search_goes_on(base, monkeypatch, capsys):
-    found = S.search(base, {"n_head": [2, 3]}, 2)
+    found = search(base, {"n_head": [2, 3]}, 2)
     assert [t["state"] for t in found.trials] == ["finished", "failed"] and "not divisible" in found.trials[1]["failed"] and "perplexity" not in found.trials[1]
     assert "failed: n_embd (16) is not divisible by n_head (3)" in capsys.readouterr().out
-    train = S.train
+    train = train
     def short_of_memory(config, callbacks):
         if config.learning_rate == 2e-3: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        if config.learning_rate == 4e-3: raise S.Diverged("The loss is nan: training has diverged.\nStart again")
+        if config.learning_rate == 4e-3: raise Diverged("The loss is nan: training has diverged.\nStart again")
         return train(config, callbacks)
     monkeypatch.setattr(S, "train", short_of_memory)
-    found = S.search(S.replace(base, output_dir="m"), {"learning_rate": [1e-3, 2e-3, 4e-3]}, 3)
+    found = search(replace(base, output_dir="m"), {"learning_rate": [1e-3, 2e-3, 4e-3]}, 3)
     reasons = {t["settings"]["learning_rate"]: t.get("failed") for t in found.trials}
     assert reasons == {1e-3: None, 2e-3: "CUDA out of memory. Tried to allocate 2 GiB", 4e-3: "The loss is nan: training has diverged."}
-    with pytest.raises(InputError, match="of 1 trial, none could be trained"): S.search(S.replace(base, output_dir="n"), {"learning_rate": [2e-3]}, 3)
+    with pytest.raises(InputError, match="of 1 trial, none could be trained"): search(replace(base, output_dir="n"), {"learning_rate": [2e-3]}, 3)
     monkeypatch.setattr(S, "train", lambda *_: {}["a fault of ours"])
-    with pytest.raises(KeyError): S.search(S.replace(base, output_dir="f"), {"learning_rate": [2e-3]}, 3)
+    with pytest.raises(KeyError): search(replace(base, output_dir="f"), {"learning_rate": [2e-3]}, 3)
 
 
 def test_no_settings_are_trained_twice(base, monkeypatch):
-    train, trained = S.train, []
+    train, trained = train, []
     monkeypatch.setattr(S, "train", lambda config, callbacks: trained.append(config.optimizer) or train(config, callbacks))
-    config = S.replace(base, num_epochs=1)
-    found = S.search(config, {"optimizer": ["adamw", "muon", "oops"]}, 2) # too many to try each
-    assert S.search(S.replace(config, resume=True), {"optimizer": ["adamw", "muon", "oops"]}, 9).trials[:2] == found.trials # now they are few enough
+    config = replace(base, num_epochs=1)
+    found = search(config, {"optimizer": ["adamw", "muon", "oops"]}, 2) # too many to try each
+    assert search(replace(config, resume=True), {"optimizer": ["adamw", "muon", "oops"]}, 9).trials[:2] == found.trials # now they are few enough
     assert sorted(trained) == ["adamw", "muon", "oops"]
 
 
@@ -163,28 +168,28 @@ def test_who_lags_behind_is_stopped_unless_that_is_not_wanted(base, monkeypatch)
     "Without training: losses by the learning rate."
     trained = []
     def pretend(config, callbacks):
-        state, control = S.mock.Mock(max_steps=4), S.mock.Mock(should_training_stop=False)
+        state, control = mock.Mock(max_steps=4), mock.Mock(should_training_stop=False)
         for step in (1, 2, 3, 4):
             state.global_step = step
             callbacks[0].on_step_end(None, state, control)
             callbacks[0].on_evaluate(None, state, control, {"eval_loss": config.weight_decay + 1/step})
             if control.should_training_stop is True: break
         trained.append(step)
-        best = S.Path(config.output_dir)/"best_model"
+        best = Path(config.output_dir)/"best_model"
         best.mkdir(parents=True)
         (best/"metrics.json").write_text(json.dumps({"perplexity": config.weight_decay + 1/step, "accuracy": 0.5}))
     monkeypatch.setattr(S, "train", pretend)
-    found = S.search(base, {"weight_decay": "0.0..1.0"}, 30)
+    found = search(base, {"weight_decay": "0.0..1.0"}, 30)
     states = [t["state"] for t in found.trials]
     assert states[:5] == ["finished"]*5 and states.count("stopped") == trained.count(1) > 5 and len(trained) == 30
     assert all(t["stopped"] == 25 for t in found.trials if t["state"] == "stopped") and found.importances == {"weight_decay": 1}
     settings = [t["settings"]["weight_decay"] for t in found.trials]
     assert settings[0] == 0.01 and sum(settings[-10:]) < sum(settings[1:11])/2 # it has learned where to look
     assert found.ranking[0]["settings"]["weight_decay"] == min(settings) == read_config("s/best.yaml").weight_decay
-    S.search(S.replace(base, output_dir="parts"), {"weight_decay": "0.0..1.0"}, 17)
-    assert same(S.search(S.replace(base, output_dir="parts", resume=True), {"weight_decay": "0.0..1.0"}, 30), found) # what it proposes depends on what was tried, not on when
+    search(replace(base, output_dir="parts"), {"weight_decay": "0.0..1.0"}, 17)
+    assert same(search(replace(base, output_dir="parts", resume=True), {"weight_decay": "0.0..1.0"}, 30), found) # what it proposes depends on what was tried, not on when
     trained.clear()
-    S.search(S.replace(base, output_dir="all"), {"weight_decay": "0.0..1.0"}, 12, prune=False)
+    search(replace(base, output_dir="all"), {"weight_decay": "0.0..1.0"}, 12, prune=False)
     assert trained == [4]*12
 
 
@@ -198,9 +203,9 @@ def test_classification(melodies, tmp_path):
 
 def test_jupyter_shows_the_best_first_and_nothing_is_run_in_it():
     trials = [{"trial": k, "state": "finished", "settings": {"optimizer": f"<{k}>"}, "perplexity": 9 - k, "accuracy": 0.5, "validations": {}, "seconds": 1} for k in range(12)]
-    html = S.Search(S.Path("s"), {"optimizer": []}, trials)._repr_html_()
+    html = S.Search(Path("s"), {"optimizer": []}, trials)._repr_html_()
     assert html.index("&lt;11&gt;") < html.index("&lt;2&gt;") and "<11>" not in html and "&lt;1&gt;" not in html
-    assert repr(S.Search(S.Path("s"), {}, [])) == "0 trials: none. There is no best one yet."
+    assert repr(S.Search(Path("s"), {}, [])) == "0 trials: none. There is no best one yet."
 
 
 def test_without_optuna_the_extra_is_named(tmp_path, monkeypatch):

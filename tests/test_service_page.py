@@ -10,7 +10,18 @@ import torch
 from browser import launched, tab
 from playwright.sync_api import expect
 from test_page import (
-    BREAKS, DIGITS, MELODY, added, bars, centre, given, goes, greedy, percent, talker, true_bars,
+    BREAKS,
+    DIGITS,
+    MELODY,
+    added,
+    bars,
+    centre,
+    given,
+    goes,
+    greedy,
+    percent,
+    talker,
+    true_bars,
 )
 from transformers import GPT2Config, GPT2ForSequenceClassification
 

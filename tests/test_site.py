@@ -10,7 +10,6 @@ from browser import launched, tab
 from bs4 import BeautifulSoup
 from conftest import ROOT
 
-
 BUILD = """
 import runpy
 try: runpy.run_path("docs/build.py", run_name="__main__")

@@ -11,23 +11,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-import seqgpt.data as D
-import seqgpt.model as M
 import seqgpt.training as T
 from seqgpt.checks import InputError
-from seqgpt.loading import load_model
+from seqgpt.config import Config, read_config, run_config, without_folders, write_config
+from seqgpt.data import collate
+from seqgpt.loading import load_folder, load_model
 from seqgpt.markov import make_markov, write_markov
+from seqgpt.metrics import out_of_patience, validation_metrics
+from seqgpt.model import make_config, new_model
+from seqgpt.progress import tqdm
 from seqgpt.reports import training_split
-from seqgpt.tokenizer import make_tokenizer
+from seqgpt.resolving import load_data, load_vocab, start_from
+from seqgpt.runs import alone_in
+from seqgpt.saving import model_stays, save_model
+from seqgpt.tokenizer import load_tokenizer, make_tokenizer
+from seqgpt.trainer import SequenceTrainer
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("markov")
     write_markov(folder/"data", make_markov(symbols=16, branching=2, min_length=8, max_length=64), 160)
-    return T.Config(str(folder/"data"), output_dir=str(folder/"run"), cache_dir=str(folder/"cache"), max_length=64,
+    return Config(str(folder/"data"), output_dir=str(folder/"run"), cache_dir=str(folder/"cache"), max_length=64,
                     num_epochs=2, precision="bf16", eval_steps=32, optimizer="muon", learning_rate=3e-3, n_layer=1,
                     n_head=2, n_embd=16)
 
@@ -36,18 +43,17 @@ def config(tmp_path_factory):
 def run(config):
     "A run, with the batches that it computed on: those of 32 steps, 16 in an epoch, are to learn from."
     batches = []
-    collate = T.collate
     def count(rows, **kwargs):
         batches.append(collate(rows, **kwargs))
         return batches[-1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(T, "collate", count)
+        patch.setattr("seqgpt.preparing.collate", count)
         return T.train(config), batches
 
 
 def test_batches_are_hardly_padded_and_come_in_another_order_in_each_epoch(config, run):
     steps = run[1][:32]
-    pad = T.load_vocab(config).pad_token_id
+    pad = load_vocab(config).pad_token_id
     assert sum((b["input_ids"] == pad).sum() for b in steps) / sum(b["input_ids"].numel() for b in steps) < 0.05
     def bare(batches): return [tuple(i for i in row.tolist() if i != pad) for b in batches for row in b["input_ids"]]
     first = bare(steps[:16])
@@ -57,12 +63,12 @@ def test_batches_are_hardly_padded_and_come_in_another_order_in_each_epoch(confi
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_loss_of_a_batch_does_not_depend_on_padding(config, precision, tmp_path):
-    tokenizer = T.load_vocab(config)
-    rows = [{"input_ids": ids} for ids in T.load_data(config, tokenizer)[0].dataset[:2]["input_ids"]]
-    model = T.new_model(T.make_config(tokenizer, 64, 1, 2, 16), seed=0).eval()
-    arguments = T.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    trainer = T.SequenceTrainer(model, arguments, half=precision == "bf16")
-    batch = T.collate(rows, tokenizer.pad_token_id)
+    tokenizer = load_vocab(config)
+    rows = [{"input_ids": ids} for ids in load_data(config, tokenizer)[0].dataset[:2]["input_ids"]]
+    model = new_model(make_config(tokenizer, 64, 1, 2, 16), seed=0).eval()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = SequenceTrainer(model, arguments, half=precision == "bf16")
+    batch = collate(rows, tokenizer.pad_token_id)
     padding = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
     wider = {name: torch.nn.functional.pad(t, (0, 9), value=padding[name]) for name, t in batch.items()}
     assert "attention_mask" in batch
@@ -93,10 +99,10 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("out", [io.StringIO, Terminal])
 def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(config, out, monkeypatch):
-    class Shown(T.tqdm):
+    class Shown(tqdm):
         seconds = 0
         def __init__(self, *args, **kwargs): super().__init__(*args, disable=False, **kwargs) # in tests it is True
-    monkeypatch.setattr(T, "tqdm", Shown)
+    monkeypatch.setattr("seqgpt.callbacks.tqdm", Shown)
     monkeypatch.setattr("sys.stderr", out())
     out_dir = f"{config.output_dir}_{out.__name__}"
     T.train(replace(config, output_dir=out_dir, max_steps=4, eval_steps=2, logging_steps=2))
@@ -112,14 +118,14 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(config, out, 
 def test_lines_come_every_half_minute(monkeypatch):
     now = 0.0
     log = io.StringIO()
-    monkeypatch.setattr("seqgpt.data.time.monotonic", lambda: now)
-    for k in D.tqdm(range(1000), desc="Counting", file=log, mininterval=0, miniters=1, disable=False): now = k/10
+    monkeypatch.setattr("seqgpt.progress.time.monotonic", lambda: now)
+    for k in tqdm(range(1000), desc="Counting", file=log, mininterval=0, miniters=1, disable=False): now = k/10
     assert [line.split()[1] for line in log.getvalue().splitlines()] == ["301/1000", "601/1000", "901/1000"]
 
 
 def test_one_process_shows_progress(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert D.tqdm(range(3), disable=False).disable
+    assert tqdm(range(3), disable=False).disable
 
 
 def test_there_is_one_kind_of_progress_bar():
@@ -138,7 +144,7 @@ def test_every_validation_has_the_loss_of_the_steps_before_it(config):
     runs = [history(n) for n in (1, 5)]
     losses = [log["loss"] for log in runs[0] if log.get("step") in (6, 7) and "loss" in log]
     for run in runs:
-        assert T.validation_metrics(run)["train_perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
+        assert validation_metrics(run)["train_perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
 
 
 @pytest.mark.parametrize("validations, stops", [
@@ -152,14 +158,14 @@ def test_every_validation_has_the_loss_of_the_steps_before_it(config):
 def test_a_classifier_stops_where_it_cannot_get_better(validations, stops):
     logs = [{"eval_loss": loss, "eval_accuracy": right, "eval_macro_f1": right} for loss, right in validations]
     state = TrainerState(log_history=[{"loss": 1.0, "step": 1}, *logs])
-    preset = T.read_config(Path(T.__file__).with_name("classify.yaml"))
-    assert preset.early_stopping_patience == 3 and T.out_of_patience(preset, state) == stops
-    assert not T.out_of_patience(replace(preset, early_stopping_patience=0), state)
+    preset = read_config(Path(T.__file__).with_name("classify.yaml"))
+    assert preset.early_stopping_patience == 3 and out_of_patience(preset, state) == stops
+    assert not out_of_patience(replace(preset, early_stopping_patience=0), state)
 
 
 def test_a_language_model_stops_by_its_loss_alone():
     state = TrainerState(log_history=[{"eval_loss": loss, "eval_accuracy": 1.0} for loss in (3, 2, 1)])
-    assert not T.out_of_patience(T.Config(early_stopping_patience=3), state)
+    assert not out_of_patience(Config(early_stopping_patience=3), state)
 
 
 def test_a_model_to_be_shared_does_not_say_where_its_data_was(config, run, tmp_path):
@@ -168,10 +174,10 @@ def test_a_model_to_be_shared_does_not_say_where_its_data_was(config, run, tmp_p
     files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
     assert os.path.isabs(config.data_path) and len(files) > 20
     assert not [p for p in files if str(Path(config.data_path).parent).encode() in p.read_bytes()]
-    tokenizer = T.load_tokenizer(best)
+    tokenizer = load_tokenizer(best)
     found = training_split(best, tokenizer, config.cache_dir)
-    assert found.validation["input_ids"][:] == T.load_data(config, tokenizer)[1].validation["input_ids"][:]
-    assert T.start_from(T.Config(init_from=str(best))).data_path == config.data_path
+    assert found.validation["input_ids"][:] == load_data(config, tokenizer)[1].validation["input_ids"][:]
+    assert start_from(Config(init_from=str(best))).data_path == config.data_path
     moved = shutil.copytree(best, tmp_path/"moved")
     with pytest.raises(InputError, match="data: no such file or folder"): training_split(moved, tokenizer)
 
@@ -179,55 +185,55 @@ def test_a_model_to_be_shared_does_not_say_where_its_data_was(config, run, tmp_p
 def test_settings_around_a_model_that_are_not_of_its_run(config, tmp_path):
     "What has another name is not taken for the data of the model, and what cannot be read is left alone."
     model = tmp_path/"model"
-    T.write_config(T.without_folders(config), model/"config.yaml")
+    write_config(without_folders(config), model/"config.yaml")
     for around in ("data_path: /elsewhere/other\n", "data_path: 3\n", "- no settings"):
         (tmp_path/"config.yaml").write_text(around)
-        assert T.model_config(model).data_path == ".../data"
+        assert run_config(model).data_path == ".../data"
 
 
 # --- two who use one folder
 
 def small_model(folder, symbols):
     tokenizer = make_tokenizer({s: k for k, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *symbols])})
-    model = T.new_model(T.make_config(tokenizer, 4, 1, 1, 2), seed=ord(symbols[0]))
-    T.save_model(folder, model, tokenizer, T.Config("data"), {})
+    model = new_model(make_config(tokenizer, 4, 1, 1, 2), seed=ord(symbols[0]))
+    save_model(folder, model, tokenizer, Config("data"), {})
     return model
 
 
 def test_a_model_that_is_replaced_while_it_is_loaded_comes_with_its_own_tokenizer(tmp_path, monkeypatch):
     small_model(tmp_path/"best_model", "ab")
-    load = M.load_tokenizer
+    load = load_tokenizer
     others = []
     def replaced_first(folder):
         if not others: others.append(small_model(folder, "ba"))
         return load(folder)
         return load(folder)
-    monkeypatch.setattr(M, "load_tokenizer", replaced_first)
-    model, tokenizer = M.load_folder(tmp_path/"best_model")
+    monkeypatch.setattr("seqgpt.loading.load_tokenizer", replaced_first)
+    model, tokenizer = load_folder(tmp_path/"best_model")
     assert tokenizer.convert_ids_to_tokens([4, 5]) == ["b", "a"]
     assert torch.equal(model.transformer.wte.weight, others[0].transformer.wte.weight)
 
 
 def test_a_model_that_is_taken_away_while_it_is_loaded(tmp_path, monkeypatch):
     small_model(tmp_path/"best_model", "ab")
-    monkeypatch.setattr(M, "load_file", lambda path: (shutil.rmtree(tmp_path/"best_model"), open(path)))
-    with pytest.raises(InputError, match="no config.json there"): M.load_folder(tmp_path/"best_model")
+    monkeypatch.setattr("seqgpt.loading.load_file", lambda path: (shutil.rmtree(tmp_path/"best_model"), open(path)))
+    with pytest.raises(InputError, match="no config.json there"): load_folder(tmp_path/"best_model")
 
 
 def test_results_in_a_model_that_a_training_or_a_search_may_replace(tmp_path):
     best = tmp_path/"search/trial-001/best_model"
     small_model(best, "ab")
     for run in (best.parent, best.parent.parent):
-        with T.model_stays(best/"evaluation"): pass
-        T.write_config(T.Config("data"), run/"config.yaml")
-        with T.alone_in(run):
-            with pytest.raises(InputError, match="a training is going on"): T.model_stays(best/"evaluation").__enter__()
-            with T.model_stays(run/"evaluation"): pass # not in the folder of the model
-    with pytest.raises(FileNotFoundError), T.model_stays(best/"evaluation"): open(best/"nothing")
-    with pytest.raises(InputError, match="has replaced the model meanwhile"), T.model_stays(best/"evaluation"):
+        with model_stays(best/"evaluation"): pass
+        write_config(Config("data"), run/"config.yaml")
+        with alone_in(run):
+            with pytest.raises(InputError, match="a training is going on"): model_stays(best/"evaluation").__enter__()
+            with model_stays(run/"evaluation"): pass # not in the folder of the model
+    with pytest.raises(FileNotFoundError), model_stays(best/"evaluation"): open(best/"nothing")
+    with pytest.raises(InputError, match="has replaced the model meanwhile"), model_stays(best/"evaluation"):
         small_model(best, "ab")
         open(best/"evaluation")
-    with pytest.raises(InputError, match="the folder of a model"): T.alone_in(best/"tuned")
+    with pytest.raises(InputError, match="the folder of a model"): alone_in(best/"tuned")
 
 
 def test_what_was_made_of_a_model_is_kept_when_a_better_one_takes_its_place(config, tmp_path, capsys):
