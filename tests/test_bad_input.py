@@ -39,7 +39,7 @@ from hypothesis import strategies as st
 from seqgpt import classification, cli, config, training  # noqa: F401 so that memory is that of the input
 from seqgpt.arguments import on_lines, settings_file
 from seqgpt.checks import InputError
-from seqgpt.commands import evaluate
+from seqgpt.commands import evaluate as evaluate_command
 from seqgpt.config import Config
 from seqgpt.console import infer
 from seqgpt.records import BadLine, symbol_ids
@@ -844,7 +844,7 @@ INFER = ["infer", "--mode", "generate", "--max_new_tokens", 2, "--seed", 0, "--m
 EVALUATE = ["evaluate", "--num_samples", 0, "--model_path"]
 def generate(**given): return infer(MODEL, "generate", max_new_tokens=2, seed=0, **given)
 def classify(): return infer("c/best_model", "classify", "C4 D4")
-def evaluate(out="outputs"): return evaluate(f"{out}/best_model", num_samples=0)
+def evaluate(out="outputs"): return evaluate_command(f"{out}/best_model", num_samples=0)
 def go_on(**given):
     "Trains on from the language model."
     sizes = dict(max_length=16, n_layer=1, n_head=2, n_embd=16)

@@ -33,7 +33,7 @@ from seqgpt.loading import load_model, task_of
 from seqgpt.markov import load_source, make_markov, write_markov
 from seqgpt.reports import evaluation_data
 from seqgpt.saving import save_model
-from seqgpt.sources import corpus_files, find_vocab, read_lines
+from seqgpt.sources import corpus_files, find_vocab
 from seqgpt.writing import write_corpus, write_labelled
 
 RUN = ["train", "--data_path", "data.jsonl", "--max_length", 16, *TINY]
