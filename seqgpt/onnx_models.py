@@ -40,7 +40,7 @@ class OnnxDecoder(Decoder):
     "A `Decoder` on ONNX Runtime."
     token_axes, bound = (2, 2), None # As in `Decoder`; where `binding` says that keys and values are
 
-    def whole(self, ids):
+    def prefill(self, ids):
         "All tokens at once."
         if self.padding is None: self.padding = ids.new_zeros(len(ids))
         self.seq_len, self.bound = 0, None
