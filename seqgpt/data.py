@@ -684,8 +684,7 @@ class tqdm(progress_bar):
         if os.environ.get("RANK", "0") != "0": kwargs["disable"] = True
         if self.log:
             line = "{desc} {n_fmt}/{total_fmt} ({percentage:.0f} %), {rate_fmt}, {remaining} left{postfix}"
-            own = kwargs.get("bar_format", line).replace("{l_bar}{bar}| ", "")
-            kwargs |= {"desc": kwargs.get("desc", "Step"), "file": Nowhere(), "dynamic_ncols": False, "bar_format": own}
+            kwargs |= {"desc": kwargs.get("desc", "Step"), "file": Nowhere(), "dynamic_ncols": False, "bar_format": line}
         super().__init__(*args, **kwargs)
 
     def display(self, msg=None, *args, **kwargs):

@@ -641,9 +641,9 @@ def model_stays(
     folder = model_around(out)
     going_on = "a training is going on, and its next best model would replace"
     remedy = "Wait for the end of the training, or choose an --out_dir that is not in the folder of the model."
-    for run in folder.parents if folder else ():
-        if (run/".lock").exists() and (run/"config.yaml").exists(): # a run, or a search with its trials
-            with alone(run/".lock", f"{run}: {going_on} {folder} with all that is in it.\n{remedy}"): pass
+    run = folder.parent if folder else None
+    if run and (run/".lock").exists() and (run/"config.yaml").exists():
+        with alone(run/".lock", f"{run}: {going_on} {folder} with all that is in it.\n{remedy}"): pass
     before = folder and model_version(folder)
     failed = None
     try: yield

@@ -55,7 +55,7 @@ from seqgpt.training import Config, StopOnSignal
 for name in """fastcore.all IPython.utils.capture matplotlib.pyplot PIL.Image rapidfuzz rouge_score.rouge_scorer sacrebleu scipy.optimize scipy.stats seaborn
         sklearn.calibration sklearn.dummy sklearn.ensemble sklearn.feature_extraction.text sklearn.linear_model sklearn.manifold sklearn.neighbors sklearn.svm
         torch.utils.tensorboard transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto transformers.trainer
-        seqgpt.bench seqgpt.classification seqgpt.export seqgpt.search seqgpt.serving""".split(): importlib.import_module(name) # so that no run and no page has to
+        optuna seqgpt.bench seqgpt.classification seqgpt.export seqgpt.serving""".split(): importlib.import_module(name) # so that no run and no page has to
 
 os.fsync = lambda fd: None # what the system was given outlives a killed process; to wait for the disk takes long
 ConstrainedLayoutEngine.execute = lambda self, figure: None # nobody looks at pictures here: to arrange them takes long

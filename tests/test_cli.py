@@ -377,7 +377,7 @@ def test_hints_name_settings_that_are_there(corpus):
     assert nearest("max_length", flags["infer"]) == "max_new_tokens" and nearest("out_dir", flags["train"]) == "output_dir"
 
 
-BOTH = {"train": ("n_embd", 32, 16), "search": ("trials", 3, 4), "infer": ("top", 3, 4), "evaluate": ("batch_size", 3, 4), "serve": ("port", 3, 4), "bench": ("rounds", 3, 4),
+BOTH = {"train": ("n_embd", 32, 16), "infer": ("top", 3, 4), "evaluate": ("batch_size", 3, 4), "serve": ("port", 3, 4), "bench": ("rounds", 3, 4),
         "export": ("data_path", "a", "b"), "corpus digits": ("image_size", 8, 9), "corpus markov": ("order", 1, 2), "corpus labelled": ("seed", 3, 4)}
 
 
@@ -406,7 +406,6 @@ def test_of_two_files_the_later_one_wins_and_fields_of_the_model_add_up(corpus, 
 def test_settings_from_numpy_pytorch_and_pathlib(tmp_path):
     from seqgpt.config import Config, read_config
     from seqgpt.corpora import make_markov, write_markov
-    from seqgpt.search import read_range
     from seqgpt.training import write_config
     odd = Config(data_path=tmp_path/"d", output_dir=tmp_path/"o", max_length=np.int64(16), n_layer=torch.tensor(1), resume=np.bool_(True), learning_rate=np.float32(0.25),
                  weight_decay=np.float64(0.5), num_epochs=np.int32(2), precision=np.str_("fp32"), model={"n_inner": np.int64(24), "resid_pdrop": np.float32(0.5)})
@@ -416,7 +415,6 @@ def test_settings_from_numpy_pytorch_and_pathlib(tmp_path):
     assert odd == own and types(odd) == types(own)
     write_config(odd, tmp_path/"odd.yaml")
     assert yaml.safe_load((tmp_path/"odd.yaml").read_text())["model"] == own.model and read_config(tmp_path/"odd.yaml").n_layer == 1
-    assert read_range("n_layer", np.array([2, 4])) == read_range("n_layer", (2, 4)) == read_range("n_layer", [2, 4])
     numbers = dict(symbols=4, branching=2, classes=1, min_length=4, max_length=6)
     write_markov(tmp_path/"a", make_markov(**numbers), 2)
     write_markov(tmp_path/"b", make_markov(**{name: np.int64(n) for name, n in numbers.items()}), np.int64(2))
@@ -434,8 +432,6 @@ train --init_from nowhere
 train --config nowhere
 train --lr 1
 train --n_layer one
-search --data_path nowhere
-search --config=nowhere
 evaluate --model_path nowhere
 evaluate --model_path m --data_path nowhere
 evaluate --model m
@@ -609,15 +605,15 @@ def test_every_flag_that_a_message_names_is_one_of_the_verb_that_says_it():
     from seqgpt.training import Config
     cli, found = importlib.import_module("seqgpt.cli"), definitions()
     starts = {verb: {"train": "train_command"}.get(verb, verb.replace(" ", "_")) for verb in VERBS if verb != "bench"}
-    more = {"train": [Config], "search": [Config], "corpus markov": [importlib.import_module("seqgpt.corpora").make_markov]}
+    more = {"train": [Config], "corpus markov": [importlib.import_module("seqgpt.corpora").make_markov]}
     takes = lambda verb: (inspect.signature(t).parameters for t in [getattr(cli, starts[verb]), *more.get(verb, [])])
     flags = {verb: {"config"}.union(*takes(verb)) for verb in starts}
     others = {"logdir", "nnodes", "nproc_per_node", "fsdp_version"} # of TensorBoard, torchrun and Accelerate
     quoted = {("training", "load_data"), ("training", "check_config")} # `training_split` says what `seqgpt train` would say
-    with_path = {"train", "search", "corpus labelled"} # where a vocabulary is read from a file that the user names
+    with_path = {"train", "corpus labelled"} # where a vocabulary is read from a file that the user names
     wrong, walked = [], set()
     for verb, name in starts.items():
-        passed = set() if verb in ("train", "search") else quoted
+        passed = set() if verb == "train" else quoted
         if verb not in with_path: passed = passed | {("tokenizer", "read_vocab")}
         for place in reached(found, [("cli", name), ("cli", "explain")], passed):
             for text in found[place][1] + [LESS.get(verb, "")]*(place == ("cli", "explain")):
