@@ -10,8 +10,8 @@ ini = ConfigParser(delimiters=["="])
 ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 lines = lambda key: cfg[key].strip().splitlines()
-extras = {name: lines(f"{name}_requirements") for name in ("onnx", "serve", "lora", "search", "docs")}
-extras["docs"] += extras["onnx"] + extras["serve"] + extras["search"] # the pages of the library are made from its modules
+extras = {name: lines(f"{name}_requirements") for name in ("onnx", "serve", "lora", "docs")}
+extras["docs"] += extras["onnx"] + extras["serve"] # the pages of the library are made from its modules
 
 setup(
     version=re.search(r'__version__ = "(.+)"', (here/"seqgpt/__init__.py").read_text())[1],

@@ -13,6 +13,7 @@ import math
 
 import psutil
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 from transformers.utils.logging import disable_progress_bar

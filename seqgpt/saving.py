@@ -109,7 +109,7 @@ def keep_results(
         made.rename(target)
         tqdm.write(f"{made} belongs to an earlier model: it is {target} now.")
 
-# %% ../nbs/library/saving.ipynb #e9d4c0e1
+# %% ../nbs/library/saving.ipynb #0b5ecc4c
 def model_around(
     path: str | Path, # A file or folder, which need not be there
 ) -> Path | None:
@@ -124,8 +124,8 @@ def model_stays(
     "Raises `InputError` where `out` is in a model that a training would replace, or has replaced meanwhile."
     folder = model_around(out)
     remedy = "Wait for the end of the training, or choose an --out_dir that is not in the folder of the model."
-    for run in folder.parents if folder else ():
-        if not ((run/".lock").exists() and (run/"config.yaml").exists()): continue
+    run = folder and folder.parent
+    if folder and (run/".lock").exists() and (run/"config.yaml").exists():
         taken = f"a training is going on, and its next best model would replace {folder} with all that is in it"
         with locked(run/".lock", f"{run}: {taken}.\n{remedy}"): pass
     before = folder and model_version(folder)

@@ -60,7 +60,7 @@ from seqgpt.saving import save_model
 from seqgpt.tokenizer import make_tokenizer
 
 IMPORTED = """
-    fastcore.all IPython.utils.capture matplotlib.pyplot PIL.Image rapidfuzz rouge_score.rouge_scorer sacrebleu
+    fastcore.all optuna IPython.utils.capture matplotlib.pyplot PIL.Image rapidfuzz rouge_score.rouge_scorer sacrebleu
     scipy.optimize scipy.stats seaborn sklearn.calibration sklearn.dummy sklearn.ensemble
     sklearn.feature_extraction.text sklearn.linear_model sklearn.manifold sklearn.neighbors sklearn.svm
     torch.utils.tensorboard transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto

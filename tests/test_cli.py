@@ -493,7 +493,6 @@ def test_hints_name_settings_that_are_there(corpus):
 
 BOTH = { # a setting of each verb, its value as a flag and in a file
     "train": ("n_embd", 32, 16),
-    "search": ("trials", 3, 4),
     "infer": ("top", 3, 4),
     "evaluate": ("batch_size", 3, 4),
     "serve": ("port", 3, 4),
@@ -536,7 +535,6 @@ def test_of_two_files_the_later_one_wins_and_fields_of_the_model_add_up(corpus, 
 def test_settings_from_numpy_pytorch_and_pathlib(tmp_path):
     from seqgpt.config import Config, read_config, write_config
     from seqgpt.markov import make_markov, write_markov
-    from seqgpt.search import read_range
     odd = Config(
         data_path=tmp_path/"d", output_dir=tmp_path/"o", max_length=np.int64(16), n_layer=torch.tensor(1),
         resume=np.bool_(True), learning_rate=np.float32(0.25), weight_decay=np.float64(0.5),
@@ -554,7 +552,6 @@ def test_settings_from_numpy_pytorch_and_pathlib(tmp_path):
     write_config(odd, tmp_path/"odd.yaml")
     assert yaml.safe_load((tmp_path/"odd.yaml").read_text())["model"] == own.model
     assert read_config(tmp_path/"odd.yaml").n_layer == 1
-    assert read_range("n_layer", np.array([2, 4])) == read_range("n_layer", (2, 4)) == read_range("n_layer", [2, 4])
     numbers = dict(symbols=4, branching=2, classes=1, min_length=4, max_length=6)
     write_markov(tmp_path/"a", make_markov(**numbers), 2)
     write_markov(tmp_path/"b", make_markov(**{name: np.int64(n) for name, n in numbers.items()}), np.int64(2))
@@ -574,8 +571,6 @@ train --init_from nowhere
 train --config nowhere
 train --lr 1
 train --n_layer one
-search --data_path nowhere
-search --config=nowhere
 evaluate --model_path nowhere
 evaluate --model_path m --data_path nowhere
 evaluate --model m
@@ -777,7 +772,7 @@ def flags_of_verbs(cli, starts):
     "The flags that each verb takes."
     from seqgpt.config import Config
     from seqgpt.markov import make_markov
-    more = {"train": [Config], "search": [Config], "corpus markov": [make_markov]}
+    more = {"train": [Config], "corpus markov": [make_markov]}
     flags = {}
     for verb, name in starts.items():
         takers = [getattr(cli, name), *more.get(verb, [])]
@@ -796,11 +791,11 @@ def test_every_flag_that_a_message_names_is_one_of_the_verb_that_says_it():
     others = {"logdir", "nnodes", "nproc_per_node", "fsdp_version"} # of TensorBoard, torchrun and Accelerate
     # `training_split` says what `seqgpt train` would say
     quoted = {("training", "load_data"), ("training", "check_config")}
-    with_path = {"train", "search", "corpus labelled"} # they read a vocabulary from a file that the user names
+    with_path = {"train", "corpus labelled"} # they read a vocabulary from a file that the user names
     wrong = []
     walked = set()
     for verb, name in starts.items():
-        passed = set() if verb in ("train", "search") else quoted
+        passed = set() if verb == "train" else quoted
         if verb not in with_path: passed = passed | {("tokenizer", "read_vocab")}
         for place in reached(found, [("cli", name), ("cli", "explain")], passed):
             texts = found[place][1]

@@ -220,15 +220,15 @@ def test_a_model_that_is_taken_away_while_it_is_loaded(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no config.json there"): load_folder(tmp_path/"best_model")
 
 
-def test_results_in_a_model_that_a_training_or_a_search_may_replace(tmp_path):
-    best = tmp_path/"search/trial-001/best_model"
+def test_results_in_a_model_that_a_training_may_replace(tmp_path):
+    run = tmp_path/"run"
+    best = run/"best_model"
     small_model(best, "ab")
-    for run in (best.parent, best.parent.parent):
-        with model_stays(best/"evaluation"): pass
-        write_config(Config("data"), run/"config.yaml")
-        with alone_in(run):
-            with pytest.raises(InputError, match="a training is going on"): model_stays(best/"evaluation").__enter__()
-            with model_stays(run/"evaluation"): pass # not in the folder of the model
+    with model_stays(best/"evaluation"): pass
+    write_config(Config("data"), run/"config.yaml")
+    with alone_in(run):
+        with pytest.raises(InputError, match="a training is going on"): model_stays(best/"evaluation").__enter__()
+        with model_stays(run/"evaluation"): pass # not in the folder of the model
     with pytest.raises(FileNotFoundError), model_stays(best/"evaluation"): open(best/"nothing")
     with pytest.raises(InputError, match="has replaced the model meanwhile"), model_stays(best/"evaluation"):
         small_model(best, "ab")
