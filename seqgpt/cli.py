@@ -9,6 +9,7 @@ __all__ = ['VERBS', 'PATHS', 'FULL', 'EXTRAS', 'LESS', 'usage', 'run_verb', 'exp
 import contextlib
 import difflib
 import errno
+import importlib
 import inspect
 import os
 import re
@@ -18,7 +19,7 @@ import threading
 
 from .arguments import in_order, on_lines, parser_for, settings_file
 from .checks import InputError, check_paths
-from .commands import give_data, train_command
+from .commands import train_command
 from .config import Config, literal, read_settings
 
 # %% ../nbs/10_cli.ipynb #b319ecb2
@@ -46,7 +47,9 @@ def run_verb(
     rest = in_order(rest)
     for k in range(1, len(rest)):
         if rest[k - 1] == "--config": rest[k] = settings_file(rest[k], verb)
-    targets = [Config] if verb == "train" else [globals().get(verb.replace(" ", "_"))]
+    name = verb.replace(" ", "_")
+    commands = importlib.import_module("seqgpt.console" if verb == "infer" else "seqgpt.commands")
+    targets = [Config] if verb == "train" else [getattr(commands, name)]
     if verb == "corpus markov":
         from seqgpt.markov import make_markov
         targets.append(make_markov)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from test_crashes import history
 
 from seqgpt.checks import InputError
-from seqgpt.config import Config, check_config
+from seqgpt.config import Config
+from seqgpt.preparing import check_run
 from seqgpt.metrics import ExactMetrics
 
 EXACT = "--model.resid_pdrop 0 --model.embd_pdrop 0 --model.attn_pdrop 0".split()
@@ -119,7 +120,7 @@ def test_going_on_with_another_number_of_processes(place, before, after):
     answers = ask("train", "--config", "outputs/config.yaml", "--batch_size", 6, "--resume", **after)
     assert all(a["code"] == 0 for a in answers), answers
     if before.get("processes") != after.get("processes") and "processes" not in after:
-        assert "Each step shall see 12 sequences, as before" in answers[0]["out"], answers[0]["out"]
+        assert "Each step will see 12 sequences, as before" in answers[0]["out"], answers[0]["out"]
     close(losses(folder/"outputs"), losses(folder/"one batch"))
 
 
@@ -148,7 +149,7 @@ def test_what_cannot_be_shared_out(place, args, words):
 
 def test_the_first_version_of_fsdp_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="fsdp_version: 2"): check_config(Config(data_path="data.jsonl"))
+    with pytest.raises(InputError, match="fsdp_version: 2"): check_run(Config(data_path="data.jsonl"))
 
 
 def test_what_is_measured_on_a_gpu_is_fetched_from_there():

@@ -37,7 +37,7 @@ def test_another_division_goes_on_with_other_shares(fresh):
     run = [*RUN, "--gradient_accumulation_steps", 1]
     assert [a["code"] for a in ask(*run, "--max_steps", 4, processes=2)] == [0, 0]
     alone, = ask(*run, "--max_steps", 6, "--resume")
-    assert alone["code"] == 0 and "Each step shall see 8 sequences" in alone["out"], alone
+    assert alone["code"] == 0 and "Each step will see 8 sequences" in alone["out"], alone
     assert history(folder/"outputs")[-1]["step"] == 6, alone
 
 
