@@ -23,7 +23,7 @@ from .checks import InputError, read_json
 from .config import Config, read_config
 from .devices import fsdp_enabled
 from .encoding import Corpus
-from .files import fingerprint
+from .rows import fingerprint
 from .metrics import out_of_patience
 from .progress import tqdm
 

@@ -32,7 +32,7 @@ from seqgpt.metrics import (
 )
 from .model import TASKS, count_parameters, make_config
 from .progress import tqdm
-from .records import LONG
+from .records import LONG_CHOICES
 from .saving import model_config, write_config
 from .sources import corpus_files, find_vocab
 from .streaming import stream_corpus
@@ -68,7 +68,7 @@ def check_config(
     try: get_scheduler(config.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), num_warmup_steps=1, num_training_steps=2)
     except Exception as e: raise InputError(f"lr_scheduler_type {config.lr_scheduler_type!r} cannot be used: {' '.join(str(e).split())}") from e
     if config.max_length < 2: raise InputError(f"max_length is {config.max_length}. A sequence has at least 2 tokens.")
-    if config.long not in LONG: raise InputError(f"long is {config.long!r}. Choose {', '.join(LONG[:-1])} or {LONG[-1]}.")
+    if config.long not in LONG_CHOICES: raise InputError(f"long is {config.long!r}. Choose {', '.join(LONG_CHOICES[:-1])} or {LONG_CHOICES[-1]}.")
     if os.path.realpath(config.data_path) == os.path.realpath(config.output_dir):
         raise InputError(f"{config.output_dir}: is the folder of the data. Choose another --output_dir, or samples would become data.")
     if config.overwrite and config.init_from and Path(os.path.realpath(config.output_dir)) in Path(os.path.realpath(config.init_from)).parents:
@@ -129,7 +129,7 @@ def load_data(
     if not config.validation_path: return corpus, split if config.streaming else split_corpus(corpus.dataset, config.validation_fraction, config.seed, config.split, config.task == "classification")
     other = read(config.validation_path, class_names(corpus.dataset.unique("label")) if config.task == "classification" else None)
     corpus.report["fingerprint"] += f", {other.report['fingerprint']}"
-    if config.streaming: split.train.without = column(other.dataset, "digest")
+    if config.streaming: split.train.excluded = column(other.dataset, "digest")
     return corpus, replace(split, validation=other.dataset, validation_index=np.flatnonzero(column(other.dataset, "begins"))) if config.streaming else given_split(corpus.dataset, other.dataset)
 
 # %% ../nbs/library/preparing.ipynb #ff186dbe

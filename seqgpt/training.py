@@ -23,7 +23,7 @@ from .callbacks import Bar, Interrupted, KeepBest, StopOnSignal, StopWhenDiverge
 from .checkpoints import find_checkpoint, read_checkpoint, resume_command, run_identity, same_steps
 from .checks import InputError, read_json
 from .config import Config
-from .data import choose, column
+from .data import column, select
 from .devices import pick_precision, fsdp_enabled, gather_model
 from .files import locked
 from .metrics import validation_metrics
@@ -95,7 +95,7 @@ def train(
         if first: begin_run(config, corpus, split, identity, tokenizer, model)
         by_length = np.argsort(column(split.validation, "length"), kind="stable")
         trainer = SequenceTrainer(
-            model, args, train_dataset=split.train, eval_dataset=choose(split.validation, by_length), processing_class=tokenizer, **parts,
+            model, args, train_dataset=split.train, eval_dataset=select(split.validation, by_length), processing_class=tokenizer, **parts,
             half=args.use_cpu and pick_precision(config.precision) == "bf16", optimizers=(Muon(model, config.learning_rate, config.weight_decay) if config.optimizer == "muon" else None, None),
             callbacks=[StopWhenDiverged(), KeepBest(out, tokenizer, config), stop, *callbacks])
         if first and fsdp_enabled() and not trainer.is_fsdp_enabled: tqdm.write("Accelerate shares a model out on GPUs only: here each process has all of it.")
