@@ -116,6 +116,7 @@ def as_batch(
         "begins": pa.array(begins, pa.bool_()), "digest": pa.array(digests, pa.int64()),
         "length": pa.array(lengths, pa.int32())})
 
+# %% ../nbs/library/rows.ipynb #e00c0b2f
 def group_rows(
     rows, # As for `write_arrow`
     max_rows: int,

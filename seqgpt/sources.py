@@ -172,6 +172,7 @@ def read_text_span(span, progress, rank, world_size):
             raise InputError(f"{where}: the file cannot be read on ({e}). Is it complete?") from e
         progress(raw.tell() - reported)
 
+# %% ../nbs/library/sources.ipynb #f8aeedaa
 def read_lines(
     path: str | Path, # A JSON Lines file, plain or gzip
 ):

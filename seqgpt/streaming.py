@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from fastcore.basics import patch
 
 from .checks import InputError
 from .data import LengthGroupedSampler, Split, isin, split_by_hash
@@ -22,7 +23,7 @@ from .encoding import Corpus
 from .progress import tqdm
 from .records import NO_SPACES, SPACES_HINT, BadLine
 from .rows import EncodingOptions, as_batch, encode_line, encoding_options, fingerprint
-from .sources import corpus_files, lines_before, read_span, shard_files
+from .sources import Span, corpus_files, lines_before, read_span, shard_files
 
 # %% ../nbs/library/streaming.ipynb #f5b33594
 def batched(
@@ -54,62 +55,87 @@ class Stream(torch.utils.data.IterableDataset):
         self.rank, self.world_size = 0, 1 # the trainer sets these four
         self.batch_size, self.pool = 16, 100 # `pool` as for `LengthGroupedSampler`
 
-    def encoded(self, order, rank, world_size):
-        "Yields the rows of the spans in this order."
-        for k in order:
-            for number, line in read_span(self.spans[k], rank=(rank + k) % world_size, world_size=world_size):
-                if line == b"": continue
-                try: yield from encode_line(line, self.options, Counter())
-                except BadLine as e: self.skip(self.spans[k], number, e)
-
-    def rows(self, order, rank=0, world_size=1):
-        "Yields the rows of the spans in this order, each with whether it is to validate on."
-        for some in batched(self.encoded(order, rank, world_size), 1000):
-            digests = np.array([row[3] for row in some])
-            held_out = split_by_hash(digests, self.fraction, self.seed) | isin(digests, self.excluded)
-            yield from zip(some, held_out.tolist())
-
-    def skip(self, span, number, problem):
-        "Raises `InputError` for a bad line, or counts it, and mentions the 1st, 10th, 100th, ..."
-        where = f"{span.path}, line {lines_before(span) + number}: {problem.kind}"
-        if problem.detail: where += f" ({problem.detail})"
-        if not self.skip_bad_lines:
-            hint = "Mend it, or go on without such lines with --skip_bad_lines."
-            raise InputError(f"{where}. {SPACES_HINT if problem.kind == NO_SPACES else hint}")
-        self.n_skipped += 1
-        if not math.log10(self.n_skipped).is_integer(): return
-        tqdm.write(f"{where}. It is left out, with {self.n_skipped - 1:,} others so far.")
-
-    def first(self, n):
-        "The first rows to train on, in the order of the files, as a `Dataset`."
-        rows = (row for row, held_out in self.rows(range(len(self.spans))) if not held_out)
-        return Dataset(pa.Table.from_batches([as_batch([*itertools.islice(rows, n)], self.options.dtype)]))
-
-    def epoch(self, epoch):
-        "Yields the rows of an epoch for this process, in the order in which they are read."
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order = torch.randperm(len(self.spans), generator=generator).tolist()
-        worker = torch.utils.data.get_worker_info() # of a DataLoader; each takes a share of the share
-        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        rank, world_size = self.rank*num_workers + worker_id, self.world_size*num_workers
-        if len(order) >= 100*world_size: rows = self.rows(order[rank::world_size]) # enough spans to go round
-        else: rows = self.rows(order, rank, world_size) # some lines of all
-        found = False
-        for row, held_out in rows:
-            if held_out: continue
-            found = True
-            yield row
-        if not found:
-            where = self.spans[0].path if self.spans else "The data"
-            raise InputError(f"{where}: no sequence in it to train on for one of {world_size} processes. Bring more.")
-
     def __iter__(self):
         endless = itertools.chain.from_iterable(map(self.epoch, itertools.count()))
         for k, block in enumerate(batched(endless, self.pool*self.batch_size)):
             seed = int(np.random.SeedSequence([self.seed, self.rank, k]).generate_state(1)[0])
-            for i in LengthGroupedSampler([row[-1] for row in block], self.batch_size, seed, self.pool):
+            lengths = [row[-1] for row in block]
+            for i in LengthGroupedSampler(lengths, self.batch_size, seed, self.pool):
                 ids, label, _, _, length = block[i]
                 yield {"input_ids": np.frombuffer(ids, self.options.dtype), "label": label, "length": length}
+
+# %% ../nbs/library/streaming.ipynb #fdf1cc80
+@patch
+def skip(self: Stream,
+    span: Span, # Which the line is in
+    number: int, # Of the line in the span
+    problem: BadLine,
+):
+    "Raises `InputError` for a bad line, or counts it."
+    where = f"{span.path}, line {lines_before(span) + number}: {problem.kind}"
+    if problem.detail: where += f" ({problem.detail})"
+    if not self.skip_bad_lines:
+        hint = "Mend it, or go on without such lines with --skip_bad_lines."
+        raise InputError(f"{where}. {SPACES_HINT if problem.kind == NO_SPACES else hint}")
+    self.n_skipped += 1
+    if not math.log10(self.n_skipped).is_integer(): return
+    tqdm.write(f"{where}. It is left out, with {self.n_skipped - 1:,} others so far.")
+
+# %% ../nbs/library/streaming.ipynb #034166b5
+@patch
+def encoded(self: Stream,
+    order, # Numbers of spans
+    rank: int,
+    world_size: int,
+):
+    "Yields the rows of the spans for one of `world_size` processes."
+    for k in order:
+        for number, line in read_span(self.spans[k], rank=(rank + k) % world_size, world_size=world_size):
+            if line == b"": continue
+            try: yield from encode_line(line, self.options, Counter())
+            except BadLine as e: self.skip(self.spans[k], number, e)
+
+@patch
+def rows(self: Stream,
+    order, # Numbers of spans
+    rank: int = 0,
+    world_size: int = 1,
+):
+    "Yields each of these rows, and whether it is to validate on."
+    for some in batched(self.encoded(order, rank, world_size), 1000):
+        digests = np.array([row[3] for row in some])
+        held_out = split_by_hash(digests, self.fraction, self.seed) | isin(digests, self.excluded)
+        yield from zip(some, held_out.tolist())
+
+@patch
+def first(self: Stream,
+    n: int, # Rows
+) -> Dataset:
+    "The first rows to train on, in the order of the files."
+    rows = (row for row, held_out in self.rows(range(len(self.spans))) if not held_out)
+    return Dataset(pa.Table.from_batches([as_batch([*itertools.islice(rows, n)], self.options.dtype)]))
+
+# %% ../nbs/library/streaming.ipynb #68f55362
+@patch
+def epoch(self: Stream,
+    epoch: int, # Another one has another order
+):
+    "Yields the rows of an epoch for this process, in the order in which they are read."
+    generator = torch.Generator().manual_seed(self.seed + epoch)
+    order = torch.randperm(len(self.spans), generator=generator).tolist()
+    worker = torch.utils.data.get_worker_info() # of a DataLoader
+    worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+    rank, world_size = self.rank*num_workers + worker_id, self.world_size*num_workers
+    if len(order) >= 100*world_size: rows = self.rows(order[rank::world_size]) # enough spans to go round
+    else: rows = self.rows(order, rank, world_size) # some lines of all
+    found = False
+    for row, held_out in rows:
+        if held_out: continue
+        found = True
+        yield row
+    if not found:
+        where = self.spans[0].path if self.spans else "The data"
+        raise InputError(f"{where}: no sequence in it to train on for one of {world_size} processes. Bring more.")
 
 # %% ../nbs/library/streaming.ipynb #e18eaa72
 def take_validation(
@@ -129,6 +155,7 @@ def take_validation(
             bar.update(begins)
     return rows, n
 
+# %% ../nbs/library/streaming.ipynb #9002d296
 def stream_corpus(
     data_path: str | Path, # As for `read_corpus`, and so are the next
     tokenizer,

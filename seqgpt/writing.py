@@ -41,6 +41,7 @@ def checked_list(
         raise InputError(f"The {what} are given as {type(values).__name__}. Give a list of them.")
     return values
 
+# %% ../nbs/library/writing.ipynb #58038d15
 def symbol_text(
     symbol, # A number, or a text of NumPy
     where: str, # What to call the sequence in messages

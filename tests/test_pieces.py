@@ -33,7 +33,7 @@ def read(tmp_path):
     "Reads a corpus with pieces of a given size, encoded anew each time."
     def read(path, size=2**26, cache=None, **kwargs):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(D, "PIECE", size)
+            patch.setattr(D, "SHARD_BYTES", size)
             return D.read_corpus(path, TOKENIZER, cache_dir=cache or tmp_path/f"cache{len([*tmp_path.iterdir()])}", **kwargs)
     return read
 
@@ -66,10 +66,10 @@ def test_every_cut_of_a_file(end, read, tmp_path):
     path.write_bytes(path.read_bytes() + end)
     want = read(path, skip_bad_lines=True)
     assert want.report["lines"] == len([line for line in LINES if line not in (b"", b"  \r")]) and "unknown token: 4, at line 10 ('H4'), line 11 ('H4'), line 13 ('J4') and more" in str(want)
-    n, lines = path.stat().st_size, [*D.read_span(D.whole(path))]
+    n, lines = path.stat().st_size, [*D.read_span(D.file_span(path))]
     for size in range(1, n + 2):
         found, before = [], 0
-        for (span,) in D.cut_files([path], size):
+        for (span,) in D.shard_files([path], size):
             part = [*D.read_span(span)]
             found += [(before + number, line) for number, line in part]
             before += len(part)
@@ -81,11 +81,11 @@ def test_every_cut_of_a_file(end, read, tmp_path):
 def test_every_mixture_in_every_size(long, read, tmp_path):
     (tmp_path/"c").mkdir()
     rows = records(60)
-    for k in range(6): write(tmp_path/"c"/(f"{k}" + D.ENDINGS[k % 3]), KINDS[k % 3], rows[10*k:10*k + 10])
+    for k in range(6): write(tmp_path/"c"/(f"{k}" + D.SUFFIXES[k % 3]), KINDS[k % 3], rows[10*k:10*k + 10])
     (tmp_path/"c/3.jsonl").touch() # comes between, and is empty
     want = read(write(tmp_path/"all.jsonl", "lines", rows), long=long, max_length=5)
     assert len(want.dataset) == (60 if long == "truncate" else sum(-(-(len(r["tokens"]) + 1)//4) for r in rows)) and want.report["sequences"] == 60
-    sizes = {len(D.cut_files(D.corpus_files(tmp_path/"c"), size)): size for size in (*range(1, 2000, 37), 2**26)}
+    sizes = {len(D.shard_files(D.corpus_files(tmp_path/"c"), size)): size for size in (*range(1, 2000, 37), 2**26)}
     assert len(sizes) > 8 and min(sizes) == 1
     for size in sizes.values(): same(read(tmp_path/"c", size, long=long, max_length=5), want)
 
@@ -98,15 +98,15 @@ def test_messages_name_the_line(kind, size, read, tmp_path):
     with pytest.raises(InputError, match="4 of 20 lines") as e: read(write(tmp_path/"one", kind, rows), size)
     assert f"unknown token: 4, at line 1 ({places.format('line ')}" in str(e.value)
     (tmp_path/"c").mkdir()
-    for name in "ab": write(tmp_path/"c"/(name + D.ENDINGS[KINDS.index(kind)]), kind, rows)
+    for name in "ab": write(tmp_path/"c"/(name + D.SUFFIXES[KINDS.index(kind)]), kind, rows)
     with pytest.raises(InputError, match="8 of 40 lines") as e: read(tmp_path/"c", size)
-    file = f"a{D.ENDINGS[KINDS.index(kind)]}:"
+    file = f"a{D.SUFFIXES[KINDS.index(kind)]}:"
     assert f"unknown token: 8, at {file}1 ({places.format(file)}" in str(e.value)
 
 
 @pytest.mark.parametrize("size", [200, 2**26])
 def test_a_line_too_long_is_named_in_every_cut(size, read, tmp_path, monkeypatch):
-    monkeypatch.setattr(D, "LONGEST", 2**20)
+    monkeypatch.setattr(D, "MAX_LINE_BYTES", 2**20)
     path = write(tmp_path/"a", "lines", [*records(20), b"[" * (2**20 + 5), *records(3)])
     with pytest.raises(InputError, match="a, line 21: is longer than 1 MiB"): read(path, size)
 
@@ -153,8 +153,8 @@ def test_a_change_of_the_same_size_is_noticed(read, tmp_path):
 
 
 def test_a_note_is_believed_only_of_files_left_alone(read, tmp_path, monkeypatch):
-    path, cache, hashed, key = write(tmp_path/"a", "lines", records(20)), tmp_path/"cache", [], D.piece_key
-    monkeypatch.setattr(D, "piece_key", lambda *args: hashed.append(1) or key(*args))
+    path, cache, hashed, key = write(tmp_path/"a", "lines", records(20)), tmp_path/"cache", [], D.shard_key
+    monkeypatch.setattr(D, "shard_key", lambda *args: hashed.append(1) or key(*args))
     read(path, cache=cache), read(path, cache=cache)
     assert len(hashed) == 2 # it is too new
     monkeypatch.setattr(D.time, "time_ns", lambda now=time.time_ns: now() + 3*10**9)
@@ -170,18 +170,18 @@ def test_a_note_is_believed_only_of_files_left_alone(read, tmp_path, monkeypatch
 ENCODE = """
 import os, signal, sys, time, seqgpt.data as D
 from seqgpt.tokenizer import make_tokenizer
-encode = D.encode_piece
+encode = D.encode_shard
 
 def wait_for_go(number, *args):
     "Says something, encodes six pieces, and the others once there is a file `go`."
-    D.follow(*args[-1])
+    D.attach_to_parent(*args[-1])
     D.tqdm.write("a helper speaks")
     while number >= 6 and not os.path.exists("go"): time.sleep(0.02)
     return encode(number, *args)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests run in the background
-    D.PIECE, D.encode_piece = 2_000, wait_for_go
+    D.SHARD_BYTES, D.encode_shard = 2_000, wait_for_go
     D.cpu_count = lambda: 2
     print(D.read_corpus(sys.argv[1], make_tokenizer(sys.argv[2]), cache_dir=sys.argv[3]), flush=True)
 """
@@ -214,7 +214,7 @@ def stat_of(pid):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_in_the_middle_it_goes_on_and_leaves_no_helpers(how, read, tmp_path):
     path, cache = write(tmp_path/"a", "lines", records(1_000)), tmp_path/"cache"
-    assert len(D.cut_files([path], 2_000)) > 10
+    assert len(D.shard_files([path], 2_000)) > 10
     process = encode(tmp_path)
     while process.poll() is None and len(keys(cache)) < 6: time.sleep(0.01)
     os.kill(process.pid, how) if how == signal.SIGKILL else os.killpg(process.pid, how)
@@ -223,7 +223,7 @@ def test_stopped_in_the_middle_it_goes_on_and_leaves_no_helpers(how, read, tmp_p
     done = keys(cache)
     assert len(done) == 6
     again = read(path, 2_000, cache)
-    assert done.items() <= keys(cache).items() and len(keys(cache)) == len(D.cut_files([path], 2_000)) and not [*cache.glob(".*.part")]
+    assert done.items() <= keys(cache).items() and len(keys(cache)) == len(D.shard_files([path], 2_000)) and not [*cache.glob(".*.part")]
     same(again, read(path, cache=tmp_path/"other"))
 
 
@@ -245,12 +245,12 @@ TWICE = """
 import json, os, time, seqgpt.data as D
 from pathlib import Path
 from seqgpt.tokenizer import make_tokenizer
-D.PIECE, D.cpu_count, encode, chief, one = 2_000, lambda: 1, D.encode_piece, os.getpid(), os.fork()
+D.SHARD_BYTES, D.cpu_count, encode, chief, one = 2_000, lambda: 1, D.encode_shard, os.getpid(), os.fork()
 def wait_for_the_other(*args, **kwargs):
     Path("encodes").touch()
     while one and not Path("waits").exists(): time.sleep(0.02)
     return encode(*args, **kwargs)
-D.encode_piece, say = wait_for_the_other, D.tqdm.write
+D.encode_shard, say = wait_for_the_other, D.tqdm.write
 D.tqdm.write = lambda message: Path("waits").touch() or say(message)
 if not one:
     while not Path("encodes").exists() and os.getppid() == chief: time.sleep(0.02)
@@ -314,8 +314,8 @@ def test_the_sample_is_drawn_as_ever(read, tmp_path):
 
 def epoch(stream, e=0, process=0, processes=1):
     "What a process reads in an epoch: ids, label, digest, length."
-    stream.process, stream.processes = process, processes
-    return [(np.frombuffer(ids, stream.coding.dtype).tolist(), label, digest, length) for ids, label, _, digest, length in stream.epoch(e)]
+    stream.rank, stream.world_size = process, processes
+    return [(np.frombuffer(ids, stream.options.dtype).tolist(), label, digest, length) for ids, label, _, digest, length in stream.epoch(e)]
 
 
 def of(dataset): return [*zip(*(dataset[name][:] for name in ("input_ids", "label", "digest", "length")))]
@@ -325,7 +325,7 @@ def of(dataset): return [*zip(*(dataset[name][:] for name in ("input_ids", "labe
 def mixed(tmp_path):
     "A folder with a file of each kind."
     (tmp_path/"c").mkdir()
-    for k in range(3): write(tmp_path/"c"/(f"{k}" + D.ENDINGS[k]), KINDS[k], records(150, 100*k)) # a third stands in two files
+    for k in range(3): write(tmp_path/"c"/(f"{k}" + D.SUFFIXES[k]), KINDS[k], records(150, 100*k)) # a third stands in two files
     return tmp_path/"c"
 
 
@@ -333,7 +333,7 @@ def mixed(tmp_path):
 @pytest.mark.parametrize("part", [60, 1000, 2**20])
 def test_a_stream_gives_what_an_encoded_corpus_has(long, part, mixed, read):
     want = D.split_corpus(read(mixed, long=long, max_length=5).dataset, 0.3, 4, by="content")
-    stream = D.Stream(D.corpus_files(mixed), D.make_coding(TOKENIZER, 5, long, None)[0], 0.3, 4, part=part)
+    stream = D.Stream(D.corpus_files(mixed), D.encoding_options(TOKENIZER, 5, long, None), 0.3, 4, span_bytes=part)
     whole = epoch(stream)
     assert Counter(map(str, whole)) == Counter(map(str, of(want.train)))
     for processes in (2, 3, 7):
@@ -351,14 +351,14 @@ def test_a_stream_gives_what_an_encoded_corpus_has(long, part, mixed, read):
 
 def test_a_stream_begins_anew_in_the_same_way_and_never_ends(mixed):
     def some(n, **settings):
-        stream = D.Stream(D.corpus_files(mixed), D.make_coding(TOKENIZER, 64, "truncate", None)[0], 0.3, settings.pop("seed", 4), part=300)
+        stream = D.Stream(D.corpus_files(mixed), D.encoding_options(TOKENIZER, 64, "truncate", None), 0.3, settings.pop("seed", 4), span_bytes=300)
         for name, value in {"batch_size": 4, "pool": 10, **settings}.items(): setattr(stream, name, value)
         return [str(row["input_ids"].tolist()) for row in itertools.islice(stream, n)]
     once = some(2000)
-    assert once == some(2000) and len(once) == 2000 and once[:300] not in (some(300, seed=5), some(300, process=1, processes=2))
+    assert once == some(2000) and len(once) == 2000 and once[:300] not in (some(300, seed=5), some(300, rank=1, world_size=2))
     lengths = np.array([len(json.loads(row)) for row in once]).reshape(-1, 4)
     assert (lengths.max(1) - lengths.min(1)).mean() < 0.5 and abs(np.corrcoef(np.arange(len(lengths)), lengths.mean(1))[0, 1]) < 0.2
-    stream = D.Stream(D.corpus_files(mixed), D.make_coding(TOKENIZER, 64, "truncate", None)[0], 0.3, 4, part=300)
+    stream = D.Stream(D.corpus_files(mixed), D.encoding_options(TOKENIZER, 64, "truncate", None), 0.3, 4, span_bytes=300)
     whole = sorted(str(ids) for ids, *_ in epoch(stream))
     stream.batch_size, stream.pool = 1, len(whole)
     ids = [str(row["input_ids"].tolist()) for row in itertools.islice(stream, 2*len(whole))]
@@ -366,7 +366,7 @@ def test_a_stream_begins_anew_in_the_same_way_and_never_ends(mixed):
 
 
 def test_helpers_of_a_loader_share_the_share(mixed):
-    stream = D.Stream(D.corpus_files(mixed), D.make_coding(TOKENIZER, 64, "truncate", None)[0], 0.3, 4)
+    stream = D.Stream(D.corpus_files(mixed), D.encoding_options(TOKENIZER, 64, "truncate", None), 0.3, 4)
     class Once(torch.utils.data.IterableDataset):
         def __iter__(self): return (digest for *_, digest, _ in stream.epoch(0))
     found = torch.utils.data.DataLoader(Once(), batch_size=None, num_workers=2)
@@ -377,14 +377,14 @@ def test_helpers_of_a_loader_share_the_share(mixed):
 def test_a_stream_names_a_bad_line(kind, tmp_path, capsys):
     rows = [{"tokens": ["H4"]} if k in (17, 30) else r for k, r in enumerate(records(40))]
     path = write(tmp_path/"a", kind, rows)
-    make = lambda skip: D.Stream([path], D.make_coding(TOKENIZER, 64, "truncate", None)[0], 1e-6, 0, skip, part=100)
+    make = lambda skip: D.Stream([path], D.encoding_options(TOKENIZER, 64, "truncate", None), 1e-6, 0, skip, span_bytes=100)
     with pytest.raises(InputError, match=r"a, line (18|31): unknown token \('H4'\)\. Mend it, or go on without such lines with --skip_bad_lines"): epoch(make(False))
     stream = make(True)
     assert len(epoch(stream)) == len(epoch(stream, 1)) == 38
     assert capsys.readouterr().out.count("H4") == 1
     with pytest.raises(InputError, match=r"a, line 18: unknown token"): D.stream_corpus(path, TOKENIZER)
     nothing = write(tmp_path/"b", kind, [{"tokens": ["H4"]}] * 3)
-    with pytest.raises(InputError, match="no sequence in it to train on"): next(iter(D.Stream([nothing], make(True).coding, 0.2, 0, True)))
+    with pytest.raises(InputError, match="no sequence in it to train on"): next(iter(D.Stream([nothing], make(True).options, 0.2, 0, True)))
     with pytest.raises(InputError, match="no sequence in it would be set aside"): D.stream_corpus(nothing, TOKENIZER, skip_bad_lines=True)
 
 
