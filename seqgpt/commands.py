@@ -54,9 +54,9 @@ def corpus_labelled(
     "Writes a corpus again with the label of each sequence in front of it as a symbol, so that a model can be asked for it."
     from seqgpt.sources import read_lines
     from seqgpt.tokenizer import read_vocab
-    from seqgpt.writing import LABEL, label_symbols, write_labelled
+    from seqgpt.writing import LABEL_PREFIX, label_symbols, write_labelled
     folder = write_labelled(out_dir, data_path, vocab_path, unlabelled_share, seed, skip_bad_lines)
-    labels, told = label_symbols(read_vocab(folder/"vocab.json")), [json.loads(line)["tokens"][0].startswith(LABEL) for _, line in read_lines(folder/"sequences.jsonl")]
+    labels, told = label_symbols(read_vocab(folder/"vocab.json")), [json.loads(line)["tokens"][0].startswith(LABEL_PREFIX) for _, line in read_lines(folder/"sequences.jsonl")]
     grown = f"{counted(len(labels), 'symbol')}, {labels[0]}{f' to {labels[-1]}' if labels[1:] else ''}"
     print(f"Wrote {out_dir}: the vocabulary has grown by {grown}. "
           f"Of {counted(len(told), 'sequence')}, {sum(told):,} got one in front, {len(told) - sum(told):,} got none (--unlabelled_share).")

@@ -30,15 +30,15 @@ def read_sequences(
     cache_dir: str | None = None, # Where encoded data is kept
 ) -> tuple[list[list[str]], list[dict]]: # Symbols of each, without `<bos>` and `<eos>`; the other fields of its line
     "The first sequences at `path`, each whole; raises `InputError` with an account of all bad lines."
-    from seqgpt.records import BadLine, Problems, remedy, unframed
+    from seqgpt.records import BadLine, Problems, suggest_fix, unframed
     from seqgpt.reports import training_split
-    from seqgpt.sources import corpus_files, read_span, whole
+    from seqgpt.sources import corpus_files, file_span, read_span
     if not path:
         rows = training_split(model_path, tokenizer, cache_dir).validation[:most]
         fields = [{} if label is None else {"label": label} for label in rows["label"]]
         return [unframed(ids, tokenizer) for ids in rows["input_ids"]], fields
     files, vocab, found, problems = corpus_files(path), tokenizer.get_vocab(), [], Problems()
-    lines = ((file, *pair) for file in files for pair in read_span(whole(file), columns=None) if pair[1] != b"")
+    lines = ((file, *pair) for file in files for pair in read_span(file_span(file), columns=None) if pair[1] != b"")
     for origin, number, line in lines:
         if len(found) == most: break
         try: found.append(read_sequence(line, tokenizer, vocab, share, positions))
@@ -46,7 +46,7 @@ def read_sequences(
             where = f"line {number}" if len(files) == 1 else f"{origin.name}:{number}"
             problems.add(where, e.kind, e.detail)
     if (bad := problems.counts.total()) and not (skip_bad_lines and found):
-        advice = remedy({"skipped": bad, "sequences": len(found), "problems": str(problems), "classes": None})
+        advice = suggest_fix({"skipped": bad, "sequences": len(found), "problems": str(problems), "classes": None})
         raise InputError(f"{path}: {bad:,} of {bad + len(found):,} lines cannot be used.\n{problems}.\n{advice}")
     if not found: raise InputError(f'{path}: no sequences in it. A line is an object such as {{"tokens": ["a", "b"]}}.')
     if bad: print(f"{bad:,} bad line{'s'[:bad != 1]} left out ({problems}).", file=sys.stderr)
@@ -61,7 +61,7 @@ def read_sequence(
 ) -> tuple[list[str], dict]: # Symbols, and the other fields
     "The sequence on one line; raises `BadLine`."
     from seqgpt.checks import unique
-    from seqgpt.records import KEYS, BadLine, parse_line
+    from seqgpt.records import FIELDS, BadLine, parse_line
     fields = line
     if isinstance(line, bytes):
         with contextlib.suppress(ValueError, RecursionError): fields = json.loads(line, object_pairs_hook=unique)
@@ -72,7 +72,7 @@ def read_sequence(
     if inside: raise BadLine("special token inside a sequence", min(inside))
     tokens = int(share*len(symbols)) + 2 # and <bos>, and <eos> or what comes next
     if tokens > positions: raise BadLine(f"longer than the {positions:,} positions of the model", f"{tokens:,} tokens")
-    key = next(key for key in KEYS if key in fields)
+    key = next(key for key in FIELDS if key in fields)
     others = {k: v for k, v in fields.items() if k != key}
     return symbols, json.loads(json.dumps(others, default=str)) # Parquet may hold dates and the like
 

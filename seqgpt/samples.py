@@ -141,7 +141,7 @@ def write_samples(
     from seqgpt.corpora import DigitRecognizer, digits_shape, to_images
     from seqgpt.files import write_lines, atomic_write
     from seqgpt.plots import plot_images
-    from seqgpt.writing import LABEL
+    from seqgpt.writing import LABEL_PREFIX
     out, vocab, shown = user_path(out_dir), tokenizer.get_vocab(), shown or samples
     if shape := digits_shape(vocab):
         given = ~np.isnan(to_images([s.tokens[:s.given] for s in shown], vocab))
@@ -150,7 +150,7 @@ def write_samples(
     write_lines(out/"samples.jsonl", (other | vars(s) for other, s in zip(fields or [{}]*len(samples), samples)))
     if not shape: return f"{out}/samples.jsonl: {counted(len(samples), 'sample')}."
     judge, images = DigitRecognizer(*shape), to_images([s.tokens for s in samples], vocab)
-    asked = [s.tokens[0].removeprefix(LABEL) if s.tokens and s.tokens[0].startswith(LABEL) else None for s in samples]
+    asked = [s.tokens[0].removeprefix(LABEL_PREFIX) if s.tokens and s.tokens[0].startswith(LABEL_PREFIX) else None for s in samples]
     right = f", and {np.mean([str(seen) == a for seen, a in zip(judge(images)[0], asked)]):.0%} as the digit that was asked for" if all(asked) else ""
     return (f"{out}/samples.png: of {counted(len(samples), 'drawn digit')} {judge.recognised(images):.0%} are recognised "
             f"by a classifier of real digits{right};\nit recognises {judge.recognised(judge.held_out):.0%} of held-out real ones and names {judge.accuracy:.1%} of those rightly.")

@@ -22,7 +22,7 @@ from transformers import Trainer
 
 from .checkpoints import checkpoints_in, load_state, read_checkpoint, save_state
 from .cpu import tune_malloc, use_fast_cpu_kernels
-from .data import ByLength, column
+from .data import LengthGroupedSampler, column
 from .devices import shard_like, whole, gather_model
 from .files import remove, atomic_write
 from .streaming import Stream
@@ -48,13 +48,13 @@ class SequenceTrainer(Trainer):
     def get_train_dataloader(self):
         rows, size = self.train_dataset, self.args.train_batch_size
         if isinstance(rows, Stream):
-            self.sampler, rows.process, rows.processes, rows.batch_size = None, self.args.process_index, self.args.world_size, size*self.args.gradient_accumulation_steps
+            self.sampler, rows.rank, rows.world_size, rows.batch_size = None, self.args.process_index, self.args.world_size, size*self.args.gradient_accumulation_steps
             return DataLoader(rows, size, collate_fn=self.data_collator, num_workers=int(not self.args.use_cpu), pin_memory=self.args.dataloader_pin_memory)
         return self._get_dataloader(PaddedDataset(rows, self.model.config.bos_token_id), "Training", size, self._get_train_sampler, is_training=True)
 
     def _get_train_sampler(self, train_dataset=None):
         at_once = self.args.train_batch_size*self.args.world_size
-        self.sampler = ByLength(column(self.train_dataset, "length"), at_once*self.args.gradient_accumulation_steps, self.args.seed, multiple=at_once)
+        self.sampler = LengthGroupedSampler(column(self.train_dataset, "length"), at_once*self.args.gradient_accumulation_steps, self.args.seed, multiple=at_once)
         return self.sampler
 
     def _run_epoch(self, *, epoch, **kwargs):
