@@ -23,7 +23,7 @@ from .sources import corpus_files, find_vocab
 from .streaming import stream_corpus
 from .tokenizer import SPECIALS, load_tokenizer, make_tokenizer, read_vocab
 
-# %% ../nbs/library/resolving.ipynb #b5d7c4f6
+# %% ../nbs/library/resolving.ipynb #8119ff02
 @dataclass
 class DataSource:
     "The sequences that a run learns from and is validated on."
@@ -71,7 +71,7 @@ class DataSource:
         corpus, split = stream_corpus(self.data_path, tokenizer, *how)
         if not self.validation_path: return corpus, split
         other = self.read_validation(corpus, tokenizer, None)
-        split.train.without = column(other, "digest")
+        split.train.excluded = column(other, "digest")
         first_rows = np.flatnonzero(column(other, "begins"))
         return corpus, replace(split, validation=other, validation_index=first_rows)
 

@@ -19,12 +19,13 @@ from .checkpoints import checkpoints_in, read_checkpoint, resume_command, weight
 from .checks import InputError, read_json
 from .config import read_config, write_config
 from .data import Split, class_names, given_split
-from .files import atomic_write, fingerprint, locked, remove, remove_partial
+from .files import atomic_write, locked, remove, remove_partial
 from .metrics import out_of_patience
 from .model import count_parameters
 from .preparing import PreparedRun
 from .progress import tqdm
 from .resolving import load_data
+from .rows import fingerprint
 from .saving import model_around
 from .tokenizer import SPECIALS
 from .transfer import shared_symbols

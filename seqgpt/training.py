@@ -22,7 +22,7 @@ from .callbacks import Bar, Interrupted, KeepBest, StopOnSignal, StopWhenDiverge
 from .checkpoints import resume_command
 from .checks import InputError, read_json
 from .config import Config
-from .data import choose, column
+from .data import column, select
 from .devices import fsdp_enabled, gather_model, pick_precision
 from .metrics import validation_metrics
 from .optim import Muon
@@ -112,7 +112,7 @@ def make_trainer(
     muon = Muon(run.model, config.learning_rate, config.weight_decay) if config.optimizer == "muon" else None
     by_length = np.argsort(column(split.validation, "length"), kind="stable")
     trainer = SequenceTrainer(
-        run.model, args, train_dataset=split.train, eval_dataset=choose(split.validation, by_length),
+        run.model, args, train_dataset=split.train, eval_dataset=select(split.validation, by_length),
         processing_class=run.tokenizer, half=args.use_cpu and pick_precision(config.precision) == "bf16",
         optimizers=(muon, None), callbacks=callbacks, **run.parts)
     if run.first and fsdp_enabled() and not trainer.is_fsdp_enabled:

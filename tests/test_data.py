@@ -184,10 +184,10 @@ def test_names_that_begin_with_a_dot_are_not_data(melodies, encode, tmp_path):
     with pytest.raises(InputError, match="no file in this folder is called"): corpus_files(tmp_path/"c")
 
 
-LONG = [("truncate", "tokens cut off"), ("split", "split into"), ("error", "longer than max_length")]
+LONG_CHOICES = [("truncate", "tokens cut off"), ("split", "split into"), ("error", "longer than max_length")]
 
 
-@pytest.mark.parametrize("long, said", LONG)
+@pytest.mark.parametrize("long, said", LONG_CHOICES)
 def test_long_sequences_are_always_said(long, said, melodies, tmp_path):
     write_lines(tmp_path, [{"tokens": t} for t, _ in melodies])
     flags = ["--data_path", "data.jsonl", "--max_length", 8, "--long", long, "--max_steps", 2, *TINY]

@@ -17,11 +17,12 @@ import torch
 from conftest import NOTES, VOCAB
 from filelock import FileLock, Timeout
 
-import seqgpt.data as D
 from seqgpt.checks import InputError
-from seqgpt.encoding import read_corpus
+from seqgpt.data import given_split, split_by_hash, split_corpus
+from seqgpt.encoding import encoding_options, read_corpus, shard_key
 from seqgpt.files import locked
-from seqgpt.sources import corpus_files, read_span, whole
+from seqgpt.formats import SUFFIXES
+from seqgpt.sources import corpus_files, file_span, read_span, shard_files
 from seqgpt.streaming import Stream, stream_corpus
 from seqgpt.tokenizer import make_tokenizer
 
@@ -30,7 +31,7 @@ KINDS = ("lines", "gzip", "parquet")
 
 
 @pytest.fixture(autouse=True)
-def one_core(monkeypatch): monkeypatch.setattr(D, "cpu_count", lambda: 1) # to start helpers takes seconds
+def one_core(monkeypatch): monkeypatch.setattr("seqgpt.encoding.cpu_count", lambda: 1) # to start helpers takes seconds
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def read(tmp_path):
     "Reads a corpus with pieces of a given size, encoded anew each time."
     def read(path, size=2**26, cache=None, **kwargs):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(D, "PIECE", size)
+            patch.setattr("seqgpt.encoding.SHARD_BYTES", size)
             kwargs["cache_dir"] = cache or tmp_path/f"cache{len([*tmp_path.iterdir()])}"
             return read_corpus(path, TOKENIZER, **kwargs)
     return read
@@ -84,11 +85,11 @@ def test_every_cut_of_a_file(end, read, tmp_path):
     assert ("unknown token: 4, at line 10 ('H4'), line 11 ('H4'), "
             "line 13 ('J4') and more") in str(want)
     n = path.stat().st_size
-    lines = [*read_span(whole(path))]
+    lines = [*read_span(file_span(path))]
     for size in range(1, n + 2):
         found = []
         before = 0
-        for (span,) in D.cut_files([path], size):
+        for (span,) in shard_files([path], size):
             part = [*read_span(span)]
             found += [(before + number, line) for number, line in part]
             before += len(part)
@@ -101,14 +102,14 @@ def test_every_cut_of_a_file(end, read, tmp_path):
 def test_every_mixture_in_every_size(long, read, tmp_path):
     (tmp_path/"c").mkdir()
     rows = records(60)
-    for k in range(6): write(tmp_path/"c"/(f"{k}" + D.ENDINGS[k % 3]), KINDS[k % 3], rows[10*k:10*k + 10])
+    for k in range(6): write(tmp_path/"c"/(f"{k}" + SUFFIXES[k % 3]), KINDS[k % 3], rows[10*k:10*k + 10])
     (tmp_path/"c/3.jsonl").touch() # comes between, and is empty
     want = read(write(tmp_path/"all.jsonl", "lines", rows), long=long, max_length=5)
     pieces = sum(-(-(len(r["tokens"]) + 1)//4) for r in rows)
     assert len(want.dataset) == (60 if long == "truncate" else pieces)
     assert want.report["sequences"] == 60
     files = corpus_files(tmp_path/"c")
-    sizes = {len(D.cut_files(files, size)): size for size in (*range(1, 2000, 37), 2**26)}
+    sizes = {len(shard_files(files, size)): size for size in (*range(1, 2000, 37), 2**26)}
     assert len(sizes) > 8 and min(sizes) == 1
     for size in sizes.values(): same(read(tmp_path/"c", size, long=long, max_length=5), want)
 
@@ -121,15 +122,15 @@ def test_messages_name_the_line(kind, size, read, tmp_path):
     with pytest.raises(InputError, match="4 of 20 lines") as e: read(write(tmp_path/"one", kind, rows), size)
     assert f"unknown token: 4, at line 1 ({places.format('line ')}" in str(e.value)
     (tmp_path/"c").mkdir()
-    for name in "ab": write(tmp_path/"c"/(name + D.ENDINGS[KINDS.index(kind)]), kind, rows)
+    for name in "ab": write(tmp_path/"c"/(name + SUFFIXES[KINDS.index(kind)]), kind, rows)
     with pytest.raises(InputError, match="8 of 40 lines") as e: read(tmp_path/"c", size)
-    file = f"a{D.ENDINGS[KINDS.index(kind)]}:"
+    file = f"a{SUFFIXES[KINDS.index(kind)]}:"
     assert f"unknown token: 8, at {file}1 ({places.format(file)}" in str(e.value)
 
 
 @pytest.mark.parametrize("size", [200, 2**26])
 def test_a_line_too_long_is_named_in_every_cut(size, read, tmp_path, monkeypatch):
-    monkeypatch.setattr(D, "LONGEST", 2**20)
+    monkeypatch.setattr("seqgpt.sources.MAX_LINE_BYTES", 2**20)
     path = write(tmp_path/"a", "lines", [*records(20), b"[" * (2**20 + 5), *records(3)])
     with pytest.raises(InputError, match="a, line 21: is longer than 1 MiB"): read(path, size)
 
@@ -186,8 +187,8 @@ def test_a_note_is_believed_only_of_files_left_alone(read, tmp_path, monkeypatch
     path = write(tmp_path/"a", "lines", records(20))
     cache = tmp_path/"cache"
     hashed = []
-    key = D.piece_key
-    monkeypatch.setattr(D, "piece_key", lambda *args: hashed.append(1) or key(*args))
+    key = shard_key
+    monkeypatch.setattr("seqgpt.encoding.shard_key", lambda *args: hashed.append(1) or key(*args))
     for _ in range(2): read(path, cache=cache)
     assert len(hashed) == 2 # it is too new
     monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() + 3*10**9)
@@ -201,23 +202,24 @@ def test_a_note_is_believed_only_of_files_left_alone(read, tmp_path, monkeypatch
 
 
 ENCODE = """
-import os, signal, sys, time, seqgpt.data as D
+import os, signal, sys, time, seqgpt.encoding as E
+from seqgpt.progress import attach_to_parent, tqdm
 from seqgpt.tokenizer import make_tokenizer
-encode = D.encode_piece
+encode = E.encode_shard
 
 def wait_for_go(number, *args):
     "Says something, encodes six pieces, and the others once there is a file `go`."
-    D.follow(*args[-1])
-    D.tqdm.write("a helper speaks")
+    attach_to_parent(*args[-1])
+    tqdm.write("a helper speaks")
     while number >= 6 and not os.path.exists("go"): time.sleep(0.02)
     return encode(number, *args)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests run in the background
-    D.PIECE = 2_000
-    D.encode_piece = wait_for_go
-    D.cpu_count = lambda: 2
-    print(D.read_corpus(sys.argv[1], make_tokenizer(sys.argv[2]), cache_dir=sys.argv[3]), flush=True)
+    E.SHARD_BYTES = 2_000
+    E.encode_shard = wait_for_go
+    E.cpu_count = lambda: 2
+    print(E.read_corpus(sys.argv[1], make_tokenizer(sys.argv[2]), cache_dir=sys.argv[3]), flush=True)
 """
 
 
@@ -253,7 +255,7 @@ def stat_of(pid):
 def test_stopped_in_the_middle_it_goes_on_and_leaves_no_helpers(how, read, tmp_path):
     path = write(tmp_path/"a", "lines", records(1_000))
     cache = tmp_path/"cache"
-    assert len(D.cut_files([path], 2_000)) > 10
+    assert len(shard_files([path], 2_000)) > 10
     process = encode(tmp_path)
     while process.poll() is None and len(keys(cache)) < 6: time.sleep(0.01)
     os.kill(process.pid, how) if how == signal.SIGKILL else os.killpg(process.pid, how)
@@ -262,7 +264,7 @@ def test_stopped_in_the_middle_it_goes_on_and_leaves_no_helpers(how, read, tmp_p
     done = keys(cache)
     assert len(done) == 6
     again = read(path, 2_000, cache)
-    assert done.items() <= keys(cache).items() and len(keys(cache)) == len(D.cut_files([path], 2_000))
+    assert done.items() <= keys(cache).items() and len(keys(cache)) == len(shard_files([path], 2_000))
     assert not [*cache.glob(".*.part")]
     same(again, read(path, cache=tmp_path/"other"))
 
@@ -283,24 +285,25 @@ def test_helpers_report_what_is_broken_and_leave_no_warning(tmp_path):
 
 
 TWICE = """
-import json, os, time, seqgpt.data as D
+import json, os, time, seqgpt.encoding as E
+from seqgpt.progress import tqdm
 from pathlib import Path
 from seqgpt.tokenizer import make_tokenizer
-D.PIECE = 2_000
-D.cpu_count = lambda: 1
-encode = D.encode_piece
+E.SHARD_BYTES = 2_000
+E.cpu_count = lambda: 1
+encode = E.encode_shard
 chief = os.getpid()
 one = os.fork()
 def wait_for_the_other(*args, **kwargs):
     Path("encodes").touch()
     while one and not Path("waits").exists(): time.sleep(0.02)
     return encode(*args, **kwargs)
-D.encode_piece = wait_for_the_other
-say = D.tqdm.write
-D.tqdm.write = lambda message: Path("waits").touch() or say(message)
+E.encode_shard = wait_for_the_other
+say = tqdm.write
+tqdm.write = lambda message: Path("waits").touch() or say(message)
 if not one:
     while not Path("encodes").exists() and os.getppid() == chief: time.sleep(0.02)
-print(D.read_corpus("a", make_tokenizer("vocab.json"), cache_dir="cache"), flush=True)
+print(E.read_corpus("a", make_tokenizer("vocab.json"), cache_dir="cache"), flush=True)
 if not one: os._exit(0)
 assert os.waitpid(one, 0)[1] == 0
 """
@@ -335,45 +338,45 @@ def test_a_sequence_is_on_the_same_side_wherever_it_is(read, tmp_path):
     for name, some in cases.items():
         long = {"long": "split", "max_length": 4} if name == "split" else {}
         dataset = read(write(tmp_path/name, "lines", some), **long).dataset
-        split = D.split_corpus(dataset, 0.3, 5, by="content")
+        split = split_corpus(dataset, 0.3, 5, by="content")
         assert split.shared == 0 and len(split.train) + len(split.validation) == len(dataset)
         assert sorted([*split.train_index, *split.validation_index]) == list(range(len(some)))
         for part, side in ((split.train, 0), (split.validation, 1)):
             for digest in part["digest"]: assert sides.setdefault(digest, side) == side
-        assert D.given_split(split.train, split.validation).shared == 0
+        assert given_split(split.train, split.validation).shared == 0
     assert 0.2 < sum(sides.values()) / len(sides) < 0.4
-    other = D.split_corpus(dataset, 0.3, 6, by="content").validation_index
+    other = split_corpus(dataset, 0.3, 6, by="content").validation_index
     assert other.tolist() != split.validation_index.tolist()
 
 
 def test_a_larger_share_holds_the_smaller_one_and_seeds_are_independent():
     generator = torch.Generator().manual_seed(0)
     digests = torch.randint(-2**63, 2**63 - 1, (50_000,), generator=generator).numpy()
-    small = D.split_by_hash(digests, 0.1, 1)
-    large = D.split_by_hash(digests, 0.3, 1)
-    other = D.split_by_hash(digests, 0.1, 2)
+    small = split_by_hash(digests, 0.1, 1)
+    large = split_by_hash(digests, 0.3, 1)
+    other = split_by_hash(digests, 0.1, 2)
     assert (small <= large).all()
     assert abs(small.mean() - 0.1) < 0.01 and abs((small & other).mean() - 0.01) < 0.003
-    assert not D.split_by_hash(digests, 0.0, 1).any() and D.split_by_hash(digests, 1.0, 1).all()
+    assert not split_by_hash(digests, 0.0, 1).any() and split_by_hash(digests, 1.0, 1).all()
 
 
 def test_the_sample_is_drawn_as_ever(read, tmp_path):
     "The split of a run from before is drawn again: the numbers were written down once."
     dataset = read(write(tmp_path/"a", "lines", records(30)), 100).dataset
-    assert D.split_corpus(dataset).validation_index.tolist() == [6, 12, 13, 21, 23, 24]
+    assert split_corpus(dataset).validation_index.tolist() == [6, 12, 13, 21, 23, 24]
 
 
 # --- the stream
 
 def stream_of(files, *args, max_length=64, long="truncate", **kwargs):
-    return Stream(files, D.make_coding(TOKENIZER, max_length, long, None)[0], *args, **kwargs)
+    return Stream(files, encoding_options(TOKENIZER, max_length, long, None), *args, **kwargs)
 
 
-def epoch(stream, e=0, process=0, processes=1):
+def epoch(stream, e=0, rank=0, world_size=1):
     "What a process reads in an epoch: ids, label, digest, length."
-    stream.process = process
-    stream.processes = processes
-    def decode(ids): return np.frombuffer(ids, stream.coding.dtype).tolist()
+    stream.rank = rank
+    stream.world_size = world_size
+    def decode(ids): return np.frombuffer(ids, stream.options.dtype).tolist()
     return [(decode(ids), label, digest, length) for ids, label, _, digest, length in stream.epoch(e)]
 
 
@@ -385,15 +388,15 @@ def mixed(tmp_path):
     "A folder with a file of each kind."
     (tmp_path/"c").mkdir()
     for k in range(3): # a third is in two files
-        write(tmp_path/"c"/(f"{k}" + D.ENDINGS[k]), KINDS[k], records(150, 100*k))
+        write(tmp_path/"c"/(f"{k}" + SUFFIXES[k]), KINDS[k], records(150, 100*k))
     return tmp_path/"c"
 
 
 @pytest.mark.parametrize("long", ["truncate", "split"])
 @pytest.mark.parametrize("part", [60, 1000, 2**20])
 def test_a_stream_gives_what_an_encoded_corpus_has(long, part, mixed, read):
-    want = D.split_corpus(read(mixed, long=long, max_length=5).dataset, 0.3, 4, by="content")
-    stream = stream_of(corpus_files(mixed), 0.3, 4, max_length=5, long=long, part=part)
+    want = split_corpus(read(mixed, long=long, max_length=5).dataset, 0.3, 4, by="content")
+    stream = stream_of(corpus_files(mixed), 0.3, 4, max_length=5, long=long, span_bytes=part)
     first = epoch(stream)
     assert Counter(map(str, first)) == Counter(map(str, of(want.train)))
     for processes in (2, 3, 7):
@@ -412,17 +415,17 @@ def test_a_stream_gives_what_an_encoded_corpus_has(long, part, mixed, read):
 
 def test_a_stream_begins_anew_in_the_same_way_and_never_ends(mixed):
     def some(n, **settings):
-        stream = stream_of(corpus_files(mixed), 0.3, settings.pop("seed", 4), part=300)
+        stream = stream_of(corpus_files(mixed), 0.3, settings.pop("seed", 4), span_bytes=300)
         for name, value in {"batch_size": 4, "pool": 10, **settings}.items(): setattr(stream, name, value)
         return ids_of(stream, n)
     def ids_of(stream, n): return [str(row["input_ids"].tolist()) for row in itertools.islice(stream, n)]
     once = some(2000)
     assert once == some(2000) and len(once) == 2000
-    assert once[:300] not in (some(300, seed=5), some(300, process=1, processes=2))
+    assert once[:300] not in (some(300, seed=5), some(300, rank=1, world_size=2))
     lengths = np.array([len(json.loads(row)) for row in once]).reshape(-1, 4)
     assert (lengths.max(1) - lengths.min(1)).mean() < 0.5
     assert abs(np.corrcoef(np.arange(len(lengths)), lengths.mean(1))[0, 1]) < 0.2
-    stream = stream_of(corpus_files(mixed), 0.3, 4, part=300)
+    stream = stream_of(corpus_files(mixed), 0.3, 4, span_bytes=300)
     whole = sorted(str(ids) for ids, *_ in epoch(stream))
     n = len(whole)
     stream.batch_size = 1
@@ -443,7 +446,7 @@ def test_helpers_of_a_loader_share_the_share(mixed):
 def test_a_stream_names_a_bad_line(kind, tmp_path, capsys):
     rows = [{"tokens": ["H4"]} if k in (17, 30) else r for k, r in enumerate(records(40))]
     path = write(tmp_path/"a", kind, rows)
-    def make(skip): return stream_of([path], 1e-6, 0, skip, part=100)
+    def make(skip): return stream_of([path], 1e-6, 0, skip, span_bytes=100)
     says = (r"a, line (18|31): unknown token \('H4'\)\. "
             r"Mend it, or go on without such lines with --skip_bad_lines")
     with pytest.raises(InputError, match=says): epoch(make(False))
@@ -453,7 +456,7 @@ def test_a_stream_names_a_bad_line(kind, tmp_path, capsys):
     with pytest.raises(InputError, match=r"a, line 18: unknown token"): stream_corpus(path, TOKENIZER)
     nothing = write(tmp_path/"b", kind, [{"tokens": ["H4"]}] * 3)
     with pytest.raises(InputError, match="no sequence in it to train on"):
-        next(iter(Stream([nothing], stream.coding, 0.2, 0, True)))
+        next(iter(Stream([nothing], stream.options, 0.2, 0, True)))
     with pytest.raises(InputError, match="no sequence in it would be set aside"):
         stream_corpus(nothing, TOKENIZER, skip_bad_lines=True)
 

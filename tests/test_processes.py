@@ -13,8 +13,8 @@ from test_crashes import history
 
 from seqgpt.checks import InputError
 from seqgpt.config import Config
-from seqgpt.preparing import check_run
 from seqgpt.metrics import ExactMetrics
+from seqgpt.preparing import check_run
 
 EXACT = "--model.resid_pdrop 0 --model.embd_pdrop 0 --model.attn_pdrop 0".split()
 RUN = ["train", "--data_path", "data.jsonl", "--cache_dir", "cache", "--max_length", 24, "--num_epochs", 2,
