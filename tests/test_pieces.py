@@ -21,8 +21,7 @@ from seqgpt.checks import InputError
 from seqgpt.data import given_split, split_by_hash, split_corpus
 from seqgpt.encoding import encoding_options, read_corpus, shard_key
 from seqgpt.files import locked
-from seqgpt.formats import SUFFIXES
-from seqgpt.sources import corpus_files, file_span, read_span, shard_files
+from seqgpt.sources import SUFFIXES, corpus_files, file_span, read_span, shard_files
 from seqgpt.streaming import Stream, stream_corpus
 from seqgpt.tokenizer import make_tokenizer
 
