@@ -31,7 +31,8 @@ from seqgpt.checks import InputError
 from seqgpt.inference import generate
 from seqgpt.onnx_models import OnnxModel
 from seqgpt.service import Service
-from seqgpt.serving import ARRIVAL, HEADERS, make_app, running, server_for
+from seqgpt.routes import RECEIVE_TIMEOUT, SECURITY_HEADERS
+from seqgpt.serving import make_app, make_server, serve_in_thread
 from seqgpt.tokenizer import make_tokenizer, save_tokenizer
 
 BOS, EOS, SPECIAL = 1, 8, {1, 3, 8, 11}
@@ -50,8 +51,8 @@ def made():
 @contextmanager
 def served(made, key=None, hosts=["*"], **limits):
     "A service: `url`, `http` and `openai` are its address and two clients of it."
-    service = Service((made.model, made.tokenizer), (made.classifier, made.tokenizer), {"clm": "melody", "classification": "mood"}, **{"most_seconds": 3600} | limits)
-    with running(make_app(service, key, hosts)) as url, httpx.Client(base_url=url, timeout=600) as http, openai.OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0) as client:
+    service = Service((made.model, made.tokenizer), (made.classifier, made.tokenizer), {"clm": "melody", "classification": "mood"}, **{"max_seconds": 3600} | limits)
+    with serve_in_thread(make_app(service, key, hosts)) as url, httpx.Client(base_url=url, timeout=600) as http, openai.OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0) as client:
         service.url, service.http, service.openai = url, http, client
         yield service
 
@@ -63,7 +64,7 @@ def service(made):
 
 def test_answers_are_sent_at_once():
     "Small parts too: else a system waits for the receipt of the one before, which the other may hold back for 40 ms."
-    _, listening, _ = server_for(None, port=0)
+    _, listening, _ = make_server(None, port=0)
     with listening, socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
@@ -87,13 +88,13 @@ def free(service):
 @contextmanager
 def held(engine, steps=0):
     "Until the end of the block, the engine makes only so many more steps, and as many again as `more` is told."
-    turn, last = engine.turn, [engine.steps + steps]
+    turn, last = engine.step, [engine.steps + steps]
     def more(steps):
         last[0] = engine.steps + steps
         wait(lambda: engine.steps == last[0])
-    engine.turn = lambda: turn() if engine.steps < last[0] else time.sleep(0.005)
+    engine.step = lambda: turn() if engine.steps < last[0] else time.sleep(0.005)
     try: yield more
-    finally: engine.turn = turn
+    finally: engine.step = turn
 
 
 def send(service, **fields):
@@ -276,12 +277,12 @@ def test_those_that_come_together_get_what_each_would_get_alone(made):
     dice = np.random.default_rng(0)
     requests = [dict(prompt=ids, seed=k, max_tokens=int(dice.integers(1, 30)), n=int(dice.integers(1, 4)), temperature=float(dice.choice([0, 0.7, 1, 1.5])), top_p=float(dice.choice([0.5, 1])),
                      top_k=int(dice.choice([0, 3])), repetition_penalty=float(dice.choice([1, 1.3]))) for k, ids in enumerate(some(30, seed=7))]
-    with served(made, most_running=7) as service, ThreadPoolExecutor(len(requests)) as pool:
+    with served(made, max_num_seqs=7) as service, ThreadPoolExecutor(len(requests)) as pool:
         ask = lambda fields: service.http.post("/v1/completions", json={**fields, "return_token_ids": True}).json()
         def come(some):
-            queued = service.engine.queued()
+            queued = service.engine.num_waiting()
             asked = [pool.submit(ask, fields) for fields in some]
-            wait(lambda: service.engine.queued() == queued + sum(fields["n"] for fields in some))
+            wait(lambda: service.engine.num_waiting() == queued + sum(fields["n"] for fields in some))
             return asked
         with held(service.engine) as more:
             first = come(requests[:15])
@@ -299,13 +300,13 @@ def test_those_that_come_together_get_what_each_would_get_alone(made):
 def test_each_prompt_is_computed_once(made):
     "However many continuations it gets, and whether those end together or one by one."
     ids = some(2, seed=8)
-    with served(made, most_running=4) as service:
-        computed, compute = [], service.engine.compute
-        service.engine.compute = lambda prompts: (computed.extend(prompts), compute(prompts))[1]
+    with served(made, max_num_seqs=4) as service:
+        computed, compute = [], service.engine.prefill
+        service.engine.prefill = lambda prompts: (computed.extend(prompts), compute(prompts))[1]
         for most in (5, 40):
             choices = service.openai.completions.create(model="melody", prompt=[ids[0], ids[0], ids[1]], n=6, seed=7, max_tokens=most).choices
             for k in (0, 5, 6, 17): assert choices[k].text.split() == drawn(made, ids[k//12], seed=7 + k % 6, max_new_tokens=most)
-            assert sorted(computed) == sorted((BOS, *p) for p in ids) and service.engine.prompts == {} # nothing is kept for nobody
+            assert sorted(computed) == sorted((BOS, *p) for p in ids) and service.engine.prompt_cache == {} # nothing is kept for nobody
             computed.clear()
 
 
@@ -321,17 +322,17 @@ def test_nothing_is_done_with_the_whole_vocabulary(made, service, monkeypatch):
     assert service.http.get("/v1/vocabulary").json()["symbols"] == MELODY and copied == []
 
 
-@pytest.mark.parametrize("what", ["read_prompts", "read_stops", "to_json", "Writer.choice", "answered"])
+@pytest.mark.parametrize("what", ["parsing.read_prompts", "parsing.read_stops", "responses.to_json", "responses.ChoiceWriter.write", "service.envelope"])
 def test_long_work_does_not_hold_up_others(made, monkeypatch, what):
     begun, over = threading.Event(), threading.Event()
-    target = "seqgpt.serving." + what
-    call = pkgutil.resolve_name(target.replace(".serving.", ".serving:"))
+    target = "seqgpt." + what
+    call = pkgutil.resolve_name(target.replace(".", ":", 2).replace(":", ".", 1))
     with served(made) as service, ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr(target, lambda *args, **kwargs: (begun.set(), over.wait(60), call(*args, **kwargs))[2])
-        paths = {"answered": ["score", "classify"], "read_stops": ["completions"], "Writer.choice": ["completions"]}.get(what, ["completions", "score", "classify"])
+        paths = {"service.envelope": ["score", "classify"], "parsing.read_stops": ["completions"], "responses.ChoiceWriter.write": ["completions"]}.get(what, ["completions", "score", "classify"])
         for path in paths:
             for event in (begun, over): event.clear()
-            asked = pool.submit(service.http.post, f"/v1/{path}", json={"prompt": "C4 "*20, "echo": True, "logprobs": 100, "stream": what == "Writer.choice"} if path == "completions" else {"input": "C4"})
+            asked = pool.submit(service.http.post, f"/v1/{path}", json={"prompt": "C4 "*20, "echo": True, "logprobs": 100, "stream": what == "responses.ChoiceWriter.write"} if path == "completions" else {"input": "C4"})
             try:
                 assert begun.wait(60)
                 assert httpx.get(f"{service.url}/healthz", timeout=20).json()["status"] == "ok" # while that waits for us
@@ -341,37 +342,37 @@ def test_long_work_does_not_hold_up_others(made, monkeypatch, what):
 
 def test_a_long_queue_of_classes_does_not_hold_up_tokens(made):
     with served(made) as service, ThreadPoolExecutor(8) as pool:
-        calls, do = [], service.engine.do
-        service.engine.do = lambda call: do(lambda: (calls.append(service.engine.steps), call())[1]) # with how many steps were made before
+        calls, do = [], service.engine.submit_call
+        service.engine.submit_call = lambda call: do(lambda: (calls.append(service.engine.steps), call())[1]) # with how many steps were made before
         with held(service.engine, 1):
             stream = service.openai.completions.create(model="melody", prompt=some(1, seed=6)[0], temperature=0, max_tokens=40, stream=True)
             next(stream)
             asked = [pool.submit(service.http.post, "/v1/classify", json={"input": some(128, seed=k)}) for k in range(8)]
-            wait(lambda: len(service.engine.work) == 8)
+            wait(lambda: len(service.engine.calls) == 8)
         assert sum(1 for _ in stream) > 10
         assert all(a.result().status_code == 200 for a in asked)
         assert calls.count(1) == 1 and len(calls) == 64 and calls[-1] == service.engine.steps # one between two steps; the last ones after the last step
 
 
 def test_who_wants_one_does_not_wait_for_all_of_who_wants_many(made):
-    with served(made, most_running=4) as service, ThreadPoolExecutor(1) as pool:
-        left, post, ask = [], service.engine.post, partial(service.openai.completions.create, model="melody", prompt="C4")
+    with served(made, max_num_seqs=4) as service, ThreadPoolExecutor(1) as pool:
+        left, post, ask = [], service.engine.dispatch, partial(service.openai.completions.create, model="melody", prompt="C4")
         def posted(pieces): # how many wait when the one has ended
-            left.extend(service.engine.queued() for c, _, finish in pieces if finish and c.dice.initial_seed() == 0)
+            left.extend(service.engine.num_waiting() for c, _, finish in pieces if finish and c.generator.initial_seed() == 0)
             post(pieces)
-        service.engine.post = posted
+        service.engine.dispatch = posted
         with held(service.engine, 1):
             many = ask(n=60, seed=100, stream=True)
             next(many)
             one = pool.submit(ask, seed=0)
-            wait(lambda: service.engine.queued() == 57)
+            wait(lambda: service.engine.num_waiting() == 57)
         assert one.result().choices[0].text
         assert len(left) == 1 and left[0] > 30
         assert {c.index for part in many for c in part.choices if c.finish_reason} == {*range(60)}
 
 
 def test_a_full_queue_says_when_to_come_again(made):
-    with served(made, most_running=1, most_waiting=3) as service, ThreadPoolExecutor(8) as pool:
+    with served(made, max_num_seqs=1, max_queue=3) as service, ThreadPoolExecutor(8) as pool:
         with held(service.engine):
             first = [pool.submit(service.openai.completions.create, model="melody", prompt="C4", seed=k) for k in range(3)]
             wait(lambda: state(service)["waiting"] == 3)
@@ -390,17 +391,17 @@ def test_a_full_queue_says_when_to_come_again(made):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_places(made, stream):
-    with served(made, most_running=4) as service:
+    with served(made, max_num_seqs=4) as service:
         with held(service.engine, 3):
             with closing(send(service, prompt="C4", seed=0, n=100, stream=stream)): wait(lambda: service.engine.steps == 3)
             assert len(service.engine.running) == 4 and service.engine.tokens == 12
-            wait(lambda: state(service)["waiting"] == 0 and all(c.gone for c in service.engine.running))
+            wait(lambda: state(service)["waiting"] == 0 and all(c.aborted for c in service.engine.running))
         free(service)
         assert service.engine.tokens == 12 # of thousands
 
 
 def test_a_slow_client_does_not_hold_up_others_and_is_given_up(made, capfd):
-    with served(made, most_running=4) as service:
+    with served(made, max_num_seqs=4) as service:
         much = dict(prompt="", seed=0, n=60, stream=True, logprobs=100) # more than fits into the buffers on the way
         with closing(send(service, **much)):
             wait(lambda: service.engine.steps > 0)
@@ -410,7 +411,7 @@ def test_a_slow_client_does_not_hold_up_others_and_is_given_up(made, capfd):
         with held(service.engine, 1):
             line = send(service, **much)
             assert line.recv(12) == b"HTTP/1.1 200"
-            service.most_seconds = 2 - ARRIVAL # two seconds after the request came, what is still to be sent is given up
+            service.max_seconds = 2 - RECEIVE_TIMEOUT # two seconds after the request came, what is still to be sent is given up
         with closing(line): wait(lambda: answered(service, 200) == 3) # the request ends, though nobody reads
     assert "Traceback" not in capfd.readouterr().err
 
@@ -529,14 +530,14 @@ def test_headers_for_browsers(service):
     for path, status in (("/", 200), ("/v1/models", 200), ("/nowhere", 404), ("/healthz", 200)):
         answer = service.http.get(path)
         assert answer.status_code == status
-        for name in HEADERS: assert name in answer.headers, (path, name)
+        for name in SECURITY_HEADERS: assert name in answer.headers, (path, name)
         assert "server" not in answer.headers and "access-control-allow-origin" not in answer.headers
         assert answer.headers["content-security-policy"].startswith("default-src 'none'") and "unsafe" not in answer.headers["content-security-policy"]
     assert "http" not in re.sub(r"http-equiv|xmlns\S*", "", service.http.get("/").text.split("<script")[0]) # of nobody else
 
 
 def test_a_request_that_is_too_large_is_refused_and_not_kept(made):
-    with served(made, most_bytes=10_000) as service:
+    with served(made, max_bytes=10_000) as service:
         answer = service.http.post("/v1/completions", json={"prompt": "C4 "*4000})
         before = psutil.Process().memory_info().rss
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "too_large" and "10,000 bytes" in answer.json()["error"]["message"]
@@ -547,7 +548,7 @@ def test_a_request_that_is_too_large_is_refused_and_not_kept(made):
 
 
 def test_a_request_that_never_arrives_is_given_up(made, monkeypatch):
-    monkeypatch.setattr("seqgpt.serving.ARRIVAL", 0.5)
+    monkeypatch.setattr("seqgpt.routes.RECEIVE_TIMEOUT", 0.5)
     with served(made) as service, closing(socket.create_connection(urlsplit(service.url).netloc.split(":"))) as line:
         line.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"prompt"')
         line.settimeout(600)
@@ -556,10 +557,10 @@ def test_a_request_that_never_arrives_is_given_up(made, monkeypatch):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_takes_too_long_is_given_up(made, stream):
-    with served(made, most_seconds=0.5) as service:
-        begun, over, turn, submit = threading.Event(), threading.Event(), service.engine.turn, service.engine.submit
-        service.engine.turn = lambda: (turn(), begun.set(), over.wait()) # one step, and no more
-        service.engine.submit = lambda made: (submit(made), begun.wait()) # the first tokens are there in time
+    with served(made, max_seconds=0.5) as service:
+        begun, over, turn, submit = threading.Event(), threading.Event(), service.engine.step, service.engine.add_requests
+        service.engine.step = lambda: (turn(), begun.set(), over.wait()) # one step, and no more
+        service.engine.add_requests = lambda made: (submit(made), begun.wait()) # the first tokens are there in time
         try: answer = service.http.post("/v1/completions", json={"prompt": "C4", "stream": stream, "logit_bias": None, "temperature": 0, "stop": None})
         finally: over.set()
         error = json.loads(answer.text.split("\n\n")[-3][6:] if stream else answer.text)["error"]
@@ -573,16 +574,16 @@ def test_when_the_model_fails_clients_get_no_stack_trace_and_the_next_is_served(
     with served(made) as service:
         fields = dict(model="melody", prompt="C4", seed=1)
         expected, steps = service.openai.completions.create(**fields).choices[0].text, []
-        step = service.engine.choose
+        step = service.engine.sample
         def fails(logits):
             steps.append(1)
             if len(steps) == 5: raise RuntimeError("secret of the house")
             return step(logits)
-        service.engine.choose = fails
+        service.engine.sample = fails
         with pytest.raises(openai.APIError) as e: [*service.openai.completions.create(**fields, stream=stream)]
         assert "The model failed" in str(e.value) and "secret" not in str(e.value) and (stream or e.value.status_code == 500)
         assert "secret of the house" in capfd.readouterr().err # but the log has it
-        del service.engine.choose
+        del service.engine.sample
         assert service.openai.completions.create(**fields).choices[0].text == expected
         def broken(body): raise RuntimeError("secret of the house")
         service.classify = broken
@@ -612,7 +613,7 @@ def test_models_that_cannot_be_served_together(made):
 
 def test_one_of_the_two_models_alone(made):
     for pair, path, missing in (({"language": (made.model, made.tokenizer)}, "/v1/score", "/v1/classify"), ({"classifier": (made.classifier, made.tokenizer)}, "/v1/classify", "/v1/score")):
-        with running(make_app(Service(**pair))) as url:
+        with serve_in_thread(make_app(Service(**pair))) as url:
             assert httpx.post(f"{url}{path}", json={"input": "C4"}).status_code == 200 and httpx.get(f"{url}/").status_code == 200
             answer = httpx.post(f"{url}{missing}", json={"input": "C4"})
             assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
@@ -622,7 +623,7 @@ def test_one_of_the_two_models_alone(made):
 
 def test_it_keeps_to_its_own_description(made, tmp_path):
     (tmp_path/"schemathesis.toml").write_text('[checks.negative_data_rejection]\nexpected-statuses = [400, 401, 404, 413, 422]\n') # 413: what is wrong may also be too long
-    with served(made, most_bytes=20_000) as service:
+    with served(made, max_bytes=20_000) as service:
         # a description cannot say which symbols there are and how many fit; so what is in order by it may still be refused
         result = subprocess.run(["schemathesis", "run", f"{service.url}/openapi.json", "--max-examples", "10", "--seed", "1", "--workers", "2", "--exclude-checks", "positive_data_acceptance"], cwd=tmp_path, capture_output=True, text=True, timeout=3600)
         assert result.returncode == 0, result.stdout[-6000:]
@@ -708,7 +709,7 @@ BY_IDS = [{}, {"num_concurrent": 4}]
 
 
 @pytest.mark.slow # imports much
-@pytest.mark.parametrize("longest, alone, ways", [(78, {}, [*BY_IDS, {"tokenized_requests": False}]), (200, {"max_length": 79}, BY_IDS)])
+@pytest.mark.parametrize("longest, locked, ways", [(78, {}, [*BY_IDS, {"tokenized_requests": False}]), (200, {"max_length": 79}, BY_IDS)])
 def test_the_evaluation_harness_finds_the_same_as_without_a_server(service, folder, longest, locked, ways, tmp_path):
     """Perplexity and multiple choice, by EleutherAI's lm-evaluation-harness; with ids and with text, one at a time and
     many at once. What is longer than the model it cuts into windows, over HTTP one token shorter than without."""
@@ -752,7 +753,7 @@ def test_what_cannot_be_served_is_said_in_words(folder, tmp_path, monkeypatch):
 def test_exported_models_are_served(made, once):
     folder = once(talking)
     made.model.config.save_pretrained(folder)
-    with running(make_app(Service((OnnxModel(folder/"fast.onnx", "clm"), made.tokenizer), most_running=5, most_seconds=3600))) as url:
+    with serve_in_thread(make_app(Service((OnnxModel(folder/"fast.onnx", "clm"), made.tokenizer), max_num_seqs=5, max_seconds=3600))) as url:
         prompts = some(9, seed=12)
         with ThreadPoolExecutor(9) as pool: answers = [*pool.map(lambda ids: httpx.post(f"{url}/v1/completions", json={"prompt": ids, "n": 2, "temperature": 0, "return_token_ids": True}, timeout=600).json(), prompts)]
         for ids, answer in zip(prompts, answers): assert [said(c) for c in answer["choices"]] == [drawn(made, ids, temperature=0)]*2
@@ -763,7 +764,7 @@ def test_exported_models_are_served(made, once):
 
 def test_under_load_every_request_is_answered_and_memory_stays(made):
     own, wrong, counts = psutil.Process(), [], dict.fromkeys(("whole", "stream", "left", "score", "mistake"), 0)
-    with served(made, most_running=16, most_waiting=64) as service:
+    with served(made, max_num_seqs=16, max_queue=64) as service:
         def client(k):
             dice = np.random.default_rng(k)
             with httpx.Client(base_url=service.url, timeout=600) as http:
