@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECEIVE_TIMEOUT', 'SECURITY_HEADERS', 'PROMPT_TYPES', 'FIELD_TYPES', 'ERRORS', 'GuardedRequest', 'Guard',
-           'error_response', 'on_http_error', 'on_invalid_request', 'explain', 'add_error_handlers', 'make_page',
-           'content_hash', 'require_key', 'api_router', 'add_model_routes', 'add_information_routes', 'open_router']
+           'error_response', 'on_http_error', 'on_invalid_request', 'explain_invalid', 'add_error_handlers',
+           'make_page', 'content_hash', 'require_key', 'api_router', 'add_model_routes', 'add_information_routes',
+           'open_router']
 
 # %% ../nbs/library/routes.ipynb #c9491eae
 import asyncio
@@ -115,7 +116,7 @@ class Guard:
             seconds = time.perf_counter() - request.started
             self.service.request_seconds.labels(path, request.status).observe(seconds)
 
-# %% ../nbs/library/routes.ipynb #d64061cb
+# %% ../nbs/library/routes.ipynb #f0715a7a
 PROMPT_TYPES = "Give symbols with spaces between, or ids; or a list of either."
 FIELD_TYPES = { # of those that may be of several types
     "prompt": PROMPT_TYPES,
@@ -141,9 +142,9 @@ async def on_invalid_request(request, e):
     error = e.errors()[0]
     field = next((part for part in error["loc"][1:] if isinstance(part, str)), None)
     sent_json = "json" in request.headers.get("content-type", "")
-    return error_response(APIError(400, f"{field or 'The body'}: {explain(error, field, sent_json)}", field))
+    return error_response(APIError(400, f"{field or 'The body'}: {explain_invalid(error, field, sent_json)}", field))
 
-def explain(
+def explain_invalid(
     error: dict, # Of pydantic
     field: str | None, # That is wrong
     sent_json: bool, # Whether the client calls it so

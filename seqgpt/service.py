@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BATCH_SIZE', 'ServedModel', 'Service', 'queue_full', 'token_logprobs', 'prompt_logprobs']
 
-# %% ../nbs/library/service.ipynb #10b9dd10
+# %% ../nbs/library/service.ipynb #6071ce0c
 import asyncio
 import time
 import uuid
@@ -30,7 +30,7 @@ from .inbox import Inbox, watch_client
 from .model import KINDS
 from .parsing import parse_inputs, parse_request
 from seqgpt.responses import (
-    ChoiceWriter, envelope, json_response, stream_chunks, stream_response, to_completion, usage,
+    ChoiceWriter, count_usage, envelope, json_response, stream_chunks, stream_response, to_completion,
 )
 from .scores import token_scores
 from .sequences import ScoredToken, SequenceRequest
@@ -252,7 +252,7 @@ async def outputs(self: Service,
         disconnect.cancel()
         self.engine.abort(sequences)
 
-# %% ../nbs/library/service.ipynb #08565a8c
+# %% ../nbs/library/service.ipynb #63638a3a
 @patch
 async def complete(self: Service,
     body: CompletionRequest,
@@ -268,7 +268,8 @@ async def complete(self: Service,
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": name}
     outputs = self.outputs(sequences, http_request)
     def used():
-        return usage(sum(len(s.prompt_ids) for s in sequences[::body.n]), sum(len(s.output_ids) for s in sequences))
+        prompt_tokens = sum(len(s.prompt_ids) for s in sequences[::body.n]) # once, however many continuations
+        return count_usage(prompt_tokens, sum(len(s.output_ids) for s in sequences))
     if not body.stream:
         completion = await to_completion(head, writers, outputs)
         return await json_response({**completion, "usage": used()})
