@@ -223,7 +223,7 @@ def serve(
     import torch
 
     from seqgpt.service import Service
-    from seqgpt.serving import serve as serve_forever
+    from seqgpt.serving import serve_forever
     paths = {"clm": model_path, "classification": classifier_path}
     if not any(paths.values()): raise InputError("Nothing to serve. Name a language model with --model_path, a classifier with --classifier_path, or both.")
     for name, value in {"max_running": max_running, "max_waiting": max_waiting, "max_seconds": max_seconds}.items():

@@ -209,7 +209,7 @@ def test_the_page_asks_for_a_label(flavour, exported):
     from playwright.sync_api import expect
 
     from seqgpt.service import Service
-    from seqgpt.serving import make_app, running
+    from seqgpt.serving import make_app, serve_in_thread
     folder = exported/"m/best_model"
     model = load_model(folder)
     tokenizer = load_tokenizer(folder)
@@ -230,7 +230,7 @@ def test_the_page_asks_for_a_label(flavour, exported):
             expect(page.locator("#go")).to_be_visible(timeout=60_000)
             check(page)
         else:
-            with running(make_app(Service((model, tokenizer)))) as url:
+            with serve_in_thread(make_app(Service((model, tokenizer)))) as url:
                 page.goto(url)
                 expect(page.locator("#go")).to_be_visible(timeout=60_000)
                 check(page)
