@@ -26,11 +26,11 @@ from test_page import (
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from seqgpt.classification import predict
-from seqgpt.engine import Busy
+from seqgpt.engine import QueueFull
 from seqgpt.inference import generate, next_logits
 from seqgpt.prompts import encode_prompt
 from seqgpt.service import Service
-from seqgpt.serving import make_app, running
+from seqgpt.serving import make_app, serve_in_thread
 from seqgpt.tokenizer import make_tokenizer
 
 CLASSES = ["</ul><b>", "ja zz", *"23456789"]
@@ -74,8 +74,8 @@ def page(chromium):
 @contextmanager
 def served(made, page, ready="Ready.", key=None):
     "A service with its page open."
-    service = Service((made.model, made.tokenizer), (made.classifier, made.tokenizer), most_seconds=3600)
-    with running(make_app(service, key)) as url:
+    service = Service((made.model, made.tokenizer), (made.classifier, made.tokenizer), max_seconds=3600)
+    with serve_in_thread(make_app(service, key)) as url:
         answer = page.goto(url)
         assert "default-src 'none'; script-src 'sha256-" in answer.headers["content-security-policy"]
         expect(page.get_by_role("status")).to_have_text(ready)
@@ -83,27 +83,27 @@ def served(made, page, ready="Ready.", key=None):
         service.url = url
         try: yield service
         finally:
-            vars(service.engine).pop("turn", None)
+            vars(service.engine).pop("step", None)
             page.goto("about:blank") # whatever is still under way ends
 
 
 def hold(engine, steps):
     "Lets the engine make so many more steps, and from then on only do other work, until its own `turn` is back."
-    turn = engine.turn
+    turn = engine.step
     last = engine.steps + steps
     def held():
         if engine.steps < last: turn()
-        elif engine.work:
-            future, call = engine.work.popleft()
+        elif engine.calls:
+            future, call = engine.calls.popleft()
             future.set_result(call())
         else: time.sleep(0.005)
-    engine.turn = held
+    engine.step = held
 
 
 def left(page, continuations):
     "Waits until the service knows that nobody wants these any more."
     until = time.monotonic() + 300
-    while not all(c.gone for c in continuations):
+    while not all(c.aborted for c in continuations):
         assert time.monotonic() < until
         page.wait_for_timeout(10)
 
@@ -191,11 +191,11 @@ def test_a_drawing_to_the_bottom_leaves_something_to_draw(digits, page):
 def test_what_is_shown_belongs_to_what_is_given_or_is_pale(melody, page):
     with served(melody, page) as service:
         goes(page)
-        service.engine.turn = lambda: time.sleep(0.005)
+        service.engine.step = lambda: time.sleep(0.005)
         page.get_by_role("combobox").fill("C4 D4")
         expect(page.get_by_role("status")).to_have_text("")
         expect(page.locator("body")).to_have_class("symbols stale")
-        del service.engine.turn
+        del service.engine.step
         expect(page.get_by_role("status")).to_have_text("Ready.")
         expect(page.locator("body")).to_have_class("symbols")
         goes(page)
@@ -248,14 +248,14 @@ def test_it_shows_what_streams_and_stop_frees_the_place(digits, page):
         may_answer.set()
         expect(page.locator("#of")).to_contain_text("Of continuation 1, as far as it is shown") # while it goes on
         drawing = [*service.engine.running]
-        drawn = [len(c.new) for c in drawing]
+        drawn = [len(c.output_ids) for c in drawing]
         assert drawn and {*drawn} == {20}
         page.get_by_role("button", name="Stop", exact=True).click()
         expect(page.get_by_role("status")).to_have_text("Stopped.")
         left(page, drawing)
-        del service.engine.turn
+        del service.engine.step
         says(page, digits, prompt + added(page)[:-1])
-        assert [len(c.new) for c in drawing] == drawn
+        assert [len(c.output_ids) for c in drawing] == drawn
         may_answer.clear()
         before = len(asked)
         goes(page)
@@ -272,7 +272,7 @@ def test_a_later_run_ends_an_earlier_one(digits, page):
         page.get_by_role("button", name="Others").click()
         expect(page.get_by_role("status")).to_have_text("Drawing …")
         left(page, first)
-        del service.engine.turn
+        del service.engine.step
         expect(page.get_by_role("status")).to_contain_text("Done")
         assert page.get_by_label("Seed").input_value() == "2"
         new = added(page)[:-1]
@@ -328,13 +328,13 @@ def is_busy(response): return response.url.endswith("/v1/classify") and response
 
 def test_what_goes_wrong_is_said(melody, page):
     def says_status(text): expect(page.get_by_role("status")).to_have_text(text)
-    def full(some): raise Busy
+    def full(some): raise QueueFull
     go = page.get_by_role("button", name="Continue", exact=True)
     with served(melody, page) as service:
-        service.engine.submit = full
+        service.engine.add_requests = full
         go.click()
         says_status("The server has too much to do just now. Try again in 1 second.")
-        del service.engine.submit
+        del service.engine.add_requests
         goes(page)
 
         page.get_by_label("Seed").evaluate("seed => seed.value = -2")
@@ -346,16 +346,16 @@ def test_what_goes_wrong_is_said(melody, page):
         go.click()
         says_status("The server says: The model failed; the log of the server says how.")
         assert len(added(page)) == 6 # five, and that it would go on: what was there stays
-        del service.engine.choose
+        del service.engine.sample
         goes(page)
 
-        service.engine.do = full
+        service.engine.submit_call = full
         page.get_by_role("combobox").fill("C4 D4")
         behind(melody, page, ["C4", "D4"])
         for _ in range(2): # it asks again and again, the second time certainly about these
             with page.expect_response(is_busy): pass
         expect(page.locator("#of")).to_contain_text("Of continuation 1, as far as it is shown") # still that of before
-        del service.engine.do
+        del service.engine.submit_call
         says(page, melody, ["C4", "D4"]) # it was asked again
 
         page.route("**/v1/completions", lambda route: route.fulfill(body='data: {"choices": []}\n\n')) # and no more
@@ -368,16 +368,16 @@ def test_what_goes_wrong_is_said(melody, page):
 
 def fail_after(engine, n):
     "The model fails after `n` more steps."
-    choose = engine.choose
+    choose = engine.sample
     steps = engine.steps
     def fails(logits):
         if engine.steps - steps < n: return choose(logits)
         raise RuntimeError("on purpose")
-    engine.choose = fails
+    engine.sample = fails
 
 
 def test_a_server_that_is_gone(digits, page):
-    with running(make_app(Service((digits.model, digits.tokenizer)))) as url:
+    with serve_in_thread(make_app(Service((digits.model, digits.tokenizer)))) as url:
         page.goto(url)
         expect(page.get_by_role("status")).to_have_text("Ready.")
         assert page.locator("#opinion").is_hidden() # there is no classifier

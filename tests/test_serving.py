@@ -31,8 +31,9 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 from seqgpt.checks import InputError
 from seqgpt.inference import generate
 from seqgpt.onnx_models import OnnxModel
+from seqgpt.routes import RECEIVE_TIMEOUT, SECURITY_HEADERS
 from seqgpt.service import Service
-from seqgpt.serving import ARRIVAL, HEADERS, make_app, running, server_for
+from seqgpt.serving import make_app, make_server, serve_in_thread
 from seqgpt.tokenizer import make_tokenizer, save_tokenizer
 
 BOS = 1
@@ -58,9 +59,9 @@ def made():
 def served(made, key=None, hosts=["*"], **limits):
     "A service: `url`, `http` and `openai` are its address and two clients of it."
     names = {"clm": "melody", "classification": "mood"}
-    limits = {"most_seconds": 3600} | limits
+    limits = {"max_seconds": 3600} | limits
     service = Service((made.model, made.tokenizer), (made.classifier, made.tokenizer), names, **limits)
-    with running(make_app(service, key, hosts)) as url, httpx.Client(base_url=url, timeout=600) as http, \
+    with serve_in_thread(make_app(service, key, hosts)) as url, httpx.Client(base_url=url, timeout=600) as http, \
             openai.OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0) as client:
         service.url = url
         service.http = http
@@ -75,7 +76,7 @@ def service(made):
 
 def test_answers_are_sent_at_once():
     "Small parts too: else a system waits for the receipt of the one before, which the other may hold back for 40 ms."
-    _, listening, _ = server_for(None, port=0)
+    _, listening, _ = make_server(None, port=0)
     with listening, socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
@@ -107,15 +108,15 @@ def free(service):
 @contextmanager
 def held(engine, steps=0):
     "Until the end of the block, the engine makes only so many more steps, and as many again as `more` is told."
-    turn = engine.turn
+    turn = engine.step
     last = engine.steps + steps
     def more(steps):
         nonlocal last
         last = engine.steps + steps
         wait(lambda: engine.steps == last)
-    engine.turn = lambda: turn() if engine.steps < last else time.sleep(0.005)
+    engine.step = lambda: turn() if engine.steps < last else time.sleep(0.005)
     try: yield more
-    finally: engine.turn = turn
+    finally: engine.step = turn
 
 
 def send(service, **fields):
@@ -386,11 +387,11 @@ def drawn_settings(rng):
 def test_those_that_come_together_get_what_each_would_get_alone(made):
     rng = np.random.default_rng(0)
     requests = [dict(prompt=ids, seed=k, **drawn_settings(rng)) for k, ids in enumerate(some_prompts(30, seed=7))]
-    with served(made, most_running=7) as service, ThreadPoolExecutor(len(requests)) as pool:
+    with served(made, max_num_seqs=7) as service, ThreadPoolExecutor(len(requests)) as pool:
         def come(some):
-            queued = service.engine.queued()
+            queued = service.engine.num_waiting()
             asked = [pool.submit(post, service, "completions", return_token_ids=True, **fields) for fields in some]
-            wait(lambda: service.engine.queued() == queued + sum(fields["n"] for fields in some))
+            wait(lambda: service.engine.num_waiting() == queued + sum(fields["n"] for fields in some))
             return asked
         with held(service.engine) as more:
             first = come(requests[:15])
@@ -411,19 +412,19 @@ def test_those_that_come_together_get_what_each_would_get_alone(made):
 def test_each_prompt_is_computed_once(made):
     "However many continuations it gets, and whether those end together or one by one."
     ids = some_prompts(2, seed=8)
-    with served(made, most_running=4) as service:
+    with served(made, max_num_seqs=4) as service:
         computed = []
-        compute = service.engine.compute
+        compute = service.engine.prefill
         def counted(prompts):
             computed.extend(prompts)
             return compute(prompts)
-        service.engine.compute = counted
+        service.engine.prefill = counted
         for most in (5, 40):
             choices = complete(service, prompt=[ids[0], ids[0], ids[1]], n=6, seed=7, max_tokens=most).choices
             for k in (0, 5, 6, 17):
                 assert choices[k].text.split() == generated(made, ids[k//12], seed=7 + k % 6, max_new_tokens=most)
             assert sorted(computed) == sorted((BOS, *p) for p in ids)
-            assert service.engine.prompts == {} # nothing is kept for nobody
+            assert service.engine.prompt_cache == {} # nothing is kept for nobody
             computed.clear()
 
 
@@ -446,11 +447,11 @@ def test_nothing_is_done_with_the_whole_vocabulary(made, service, monkeypatch):
 
 
 LONG_WORK = { # and the paths that need it
-    "read_prompts": ["completions", "score", "classify"],
-    "read_stops": ["completions"],
-    "to_json": ["completions", "score", "classify"],
-    "Writer.choice": ["completions"],
-    "answered": ["score", "classify"],
+    "parsing.read_prompts": ["completions", "score", "classify"],
+    "parsing.read_stops": ["completions"],
+    "responses.to_json": ["completions", "score", "classify"],
+    "responses.ChoiceWriter.write": ["completions"],
+    "service.envelope": ["score", "classify"],
 }
 
 
@@ -458,13 +459,13 @@ LONG_WORK = { # and the paths that need it
 def test_long_work_does_not_hold_up_others(made, monkeypatch, what):
     begun = threading.Event()
     over = threading.Event()
-    target = "seqgpt.serving." + what
-    call = pkgutil.resolve_name(target.replace(".serving.", ".serving:"))
+    target = "seqgpt." + what
+    call = pkgutil.resolve_name(target.replace(".", ":", 2).replace(":", ".", 1))
     def long_call(*args, **kwargs):
         begun.set()
         over.wait(60)
         return call(*args, **kwargs)
-    completion = {"prompt": "C4 "*20, "echo": True, "logprobs": 100, "stream": what == "Writer.choice"}
+    completion = {"prompt": "C4 "*20, "echo": True, "logprobs": 100, "stream": what == "responses.ChoiceWriter.write"}
     with served(made) as service, ThreadPoolExecutor(1) as pool:
         monkeypatch.setattr(target, long_call)
         for path in LONG_WORK[what]:
@@ -482,19 +483,19 @@ def test_long_work_does_not_hold_up_others(made, monkeypatch, what):
 def test_a_long_queue_of_classes_does_not_hold_up_tokens(made):
     with served(made) as service, ThreadPoolExecutor(8) as pool:
         calls = [] # with how many steps were made before
-        do = service.engine.do
+        do = service.engine.submit_call
         def do_counted(call):
             def counted():
                 calls.append(service.engine.steps)
                 return call()
             return do(counted)
-        service.engine.do = do_counted
+        service.engine.submit_call = do_counted
         with held(service.engine, 1):
             prompt = some_prompts(1, seed=6)[0]
             stream = complete(service, prompt=prompt, temperature=0, max_tokens=40, stream=True)
             next(stream)
             asked = [pool.submit(post, service, "classify", input=some_prompts(128, seed=k)) for k in range(8)]
-            wait(lambda: len(service.engine.work) == 8)
+            wait(lambda: len(service.engine.calls) == 8)
         assert sum(1 for _ in stream) > 10
         assert all(a.result().status_code == 200 for a in asked)
         # one between two steps; the last ones after the last step
@@ -502,19 +503,19 @@ def test_a_long_queue_of_classes_does_not_hold_up_tokens(made):
 
 
 def test_who_wants_one_does_not_wait_for_all_of_who_wants_many(made):
-    with served(made, most_running=4) as service, ThreadPoolExecutor(1) as pool:
+    with served(made, max_num_seqs=4) as service, ThreadPoolExecutor(1) as pool:
         left = [] # how many wait when the one has ended
-        post = service.engine.post
+        post = service.engine.dispatch
         ask = partial(complete, service, prompt="C4")
         def posted(pieces):
-            left.extend(service.engine.queued() for c, _, finish in pieces if finish and c.dice.initial_seed() == 0)
+            left.extend(service.engine.num_waiting() for c, _, finish in pieces if finish and c.generator.initial_seed() == 0)
             post(pieces)
-        service.engine.post = posted
+        service.engine.dispatch = posted
         with held(service.engine, 1):
             many = ask(n=60, seed=100, stream=True)
             next(many)
             one = pool.submit(ask, seed=0)
-            wait(lambda: service.engine.queued() == 57)
+            wait(lambda: service.engine.num_waiting() == 57)
         assert one.result().choices[0].text
         assert len(left) == 1 and left[0] > 30
         assert {c.index for part in many for c in part.choices if c.finish_reason} == {*range(60)}
@@ -528,7 +529,7 @@ FULL_QUEUE = [
 
 
 def test_a_full_queue_says_when_to_come_again(made):
-    with served(made, most_running=1, most_waiting=3) as service, ThreadPoolExecutor(8) as pool:
+    with served(made, max_num_seqs=1, max_queue=3) as service, ThreadPoolExecutor(8) as pool:
         with held(service.engine):
             first = [pool.submit(complete, service, prompt="C4", seed=k) for k in range(3)]
             wait(lambda: state(service)["waiting"] == 3)
@@ -550,18 +551,18 @@ def test_a_full_queue_says_when_to_come_again(made):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_places(made, stream):
-    with served(made, most_running=4) as service:
+    with served(made, max_num_seqs=4) as service:
         with held(service.engine, 3):
             with closing(send(service, prompt="C4", seed=0, n=100, stream=stream)):
                 wait(lambda: service.engine.steps == 3)
             assert len(service.engine.running) == 4 and service.engine.tokens == 12
-            wait(lambda: state(service)["waiting"] == 0 and all(c.gone for c in service.engine.running))
+            wait(lambda: state(service)["waiting"] == 0 and all(c.aborted for c in service.engine.running))
         free(service)
         assert service.engine.tokens == 12 # of thousands
 
 
 def test_a_slow_client_does_not_hold_up_others_and_is_given_up(made, capfd):
-    with served(made, most_running=4) as service:
+    with served(made, max_num_seqs=4) as service:
         much = dict(prompt="", seed=0, n=60, stream=True, logprobs=100) # more than the buffers on the way can hold
         with closing(send(service, **much)):
             wait(lambda: service.engine.steps > 0)
@@ -571,7 +572,7 @@ def test_a_slow_client_does_not_hold_up_others_and_is_given_up(made, capfd):
         with held(service.engine, 1):
             line = send(service, **much)
             assert line.recv(12) == b"HTTP/1.1 200"
-            service.most_seconds = 2 - ARRIVAL # what is still to be sent two seconds after the request came is given up
+            service.max_seconds = 2 - RECEIVE_TIMEOUT # what is still to be sent two seconds after the request came is given up
         with closing(line): wait(lambda: answered(service, 200) == 3) # the request ends, though nobody reads
     assert "Traceback" not in capfd.readouterr().err
 
@@ -763,7 +764,7 @@ def test_headers_for_browsers(service):
     for path, status in (("/", 200), ("/v1/models", 200), ("/nowhere", 404), ("/healthz", 200)):
         answer = service.http.get(path)
         assert answer.status_code == status
-        for name in HEADERS: assert name in answer.headers, (path, name)
+        for name in SECURITY_HEADERS: assert name in answer.headers, (path, name)
         assert "server" not in answer.headers and "access-control-allow-origin" not in answer.headers
         policy = answer.headers["content-security-policy"]
         assert policy.startswith("default-src 'none'") and "unsafe" not in policy
@@ -772,7 +773,7 @@ def test_headers_for_browsers(service):
 
 
 def test_a_request_that_is_too_large_is_refused_and_not_kept(made):
-    with served(made, most_bytes=10_000) as service:
+    with served(made, max_bytes=10_000) as service:
         answer = post(service, "completions", prompt="C4 "*4000)
         before = psutil.Process().memory_info().rss
         error = answer.json()["error"]
@@ -787,7 +788,7 @@ def test_a_request_that_is_too_large_is_refused_and_not_kept(made):
 
 
 def test_a_request_that_never_arrives_is_given_up(made, monkeypatch):
-    monkeypatch.setattr("seqgpt.serving.ARRIVAL", 0.5)
+    monkeypatch.setattr("seqgpt.routes.RECEIVE_TIMEOUT", 0.5)
     begun = (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
              b'Content-Length: 100\r\n\r\n{"prompt"')
     with served(made) as service:
@@ -800,14 +801,14 @@ def test_a_request_that_never_arrives_is_given_up(made, monkeypatch):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_takes_too_long_is_given_up(made, stream):
-    with served(made, most_seconds=0.5) as service:
+    with served(made, max_seconds=0.5) as service:
         begun = threading.Event()
         over = threading.Event()
         engine = service.engine
-        turn = engine.turn
-        submit = engine.submit
-        engine.turn = lambda: (turn(), begun.set(), over.wait()) # one step, and no more
-        engine.submit = lambda made: (submit(made), begun.wait()) # the first tokens are there in time
+        turn = engine.step
+        submit = engine.add_requests
+        engine.step = lambda: (turn(), begun.set(), over.wait()) # one step, and no more
+        engine.add_requests = lambda made: (submit(made), begun.wait()) # the first tokens are there in time
         fields = {"prompt": "C4", "stream": stream, "logit_bias": None, "temperature": 0, "stop": None}
         try: answer = post(service, "completions", **fields)
         finally: over.set()
@@ -825,17 +826,17 @@ def test_when_the_model_fails_clients_get_no_stack_trace_and_the_next_is_served(
         fields = dict(prompt="C4", seed=1)
         expected = texts(complete(service, **fields))
         steps = []
-        step = service.engine.choose
+        step = service.engine.sample
         def fails(logits):
             steps.append(1)
             if len(steps) == 5: raise RuntimeError("secret of the house")
             return step(logits)
-        service.engine.choose = fails
+        service.engine.sample = fails
         with pytest.raises(openai.APIError) as e: [*complete(service, **fields, stream=stream)]
         assert "The model failed" in str(e.value) and "secret" not in str(e.value)
         assert stream or e.value.status_code == 500
         assert "secret of the house" in capfd.readouterr().err # but the log has it
-        del service.engine.choose
+        del service.engine.sample
         assert texts(complete(service, **fields)) == expected
         def broken(body): raise RuntimeError("secret of the house")
         service.classify = broken
@@ -875,7 +876,7 @@ def test_one_of_the_two_models_alone(made):
     language = {"language": (made.model, made.tokenizer)}
     classifier = {"classifier": (made.classifier, made.tokenizer)}
     for pair, path, missing in ((language, "/v1/score", "/v1/classify"), (classifier, "/v1/classify", "/v1/score")):
-        with running(make_app(Service(**pair))) as url:
+        with serve_in_thread(make_app(Service(**pair))) as url:
             assert httpx.post(f"{url}{path}", json={"input": "C4"}).status_code == 200
             assert httpx.get(f"{url}/").status_code == 200
             answer = httpx.post(f"{url}{missing}", json={"input": "C4"})
@@ -888,7 +889,7 @@ def test_it_keeps_to_its_own_description(made, tmp_path):
     # 413: what is wrong may also be too long
     settings = "[checks.negative_data_rejection]\nexpected-statuses = [400, 401, 404, 413, 422]\n"
     (tmp_path/"schemathesis.toml").write_text(settings)
-    with served(made, most_bytes=20_000) as service:
+    with served(made, max_bytes=20_000) as service:
         # a description cannot say which symbols there are and how many fit; what is in order by it may still be refused
         command = ["schemathesis", "run", f"{service.url}/openapi.json", "--max-examples", "10", "--seed", "1",
                    "--workers", "2", "--exclude-checks", "positive_data_acceptance"]
@@ -1065,7 +1066,7 @@ def test_exported_models_are_served(made, once):
     folder = once(talking)
     made.model.config.save_pretrained(folder)
     exported = OnnxModel(folder/"fast.onnx", "clm")
-    with running(make_app(Service((exported, made.tokenizer), most_running=5, most_seconds=3600))) as url:
+    with serve_in_thread(make_app(Service((exported, made.tokenizer), max_num_seqs=5, max_seconds=3600))) as url:
         prompts = some_prompts(9, seed=12)
         def ask(ids):
             body = {"prompt": ids, "n": 2, "temperature": 0, "return_token_ids": True}
@@ -1107,7 +1108,7 @@ def test_under_load_every_request_is_answered_and_memory_stays(made):
     own = psutil.Process()
     wrong = []
     counts = dict.fromkeys(("whole", "stream", "left", "score", "mistake"), 0)
-    with served(made, most_running=16, most_waiting=64) as service:
+    with served(made, max_num_seqs=16, max_queue=64) as service:
         def client(k):
             rng = np.random.default_rng(k)
             with httpx.Client(base_url=service.url, timeout=600) as http:
