@@ -14,7 +14,7 @@ from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .checks import InputError
-from .prompts import encode_prompt, look_up
+from .prompts import encode_prompt, symbol_ids
 
 # %% ../nbs/library/api.ipynb #68028e51
 class Body(BaseModel):
@@ -143,7 +143,7 @@ def read_stops(
     for one in several([] if given is None else given):
         if not one: raise Refused(400, "stop: an empty one. Give one or more symbols.", "stop")
         if not one.strip() or any(c.isspace() and c != " " for c in one): continue # neither lines nor spaces alone ever occur
-        found.append(look_up(tokenizer, one.split())) # what is not in the vocabulary is <unk>, which is never drawn
+        found.append(symbol_ids(tokenizer, one.split())) # what is not in the vocabulary is <unk>, which is never drawn
     return found
 
 # %% ../nbs/library/api.ipynb #fb392617
