@@ -406,6 +406,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'seqgpt.inference.Sample.__repr__': ('inference.html#sample.__repr__', 'seqgpt/inference.py'),
                                   'seqgpt.inference.Sample._repr_html_': ('inference.html#sample._repr_html_', 'seqgpt/inference.py'),
                                   'seqgpt.inference.Sample.dots': ('inference.html#sample.dots', 'seqgpt/inference.py'),
+                                  'seqgpt.inference.Sample.texts': ('inference.html#sample.texts', 'seqgpt/inference.py'),
                                   'seqgpt.inference.Samples': ('inference.html#samples', 'seqgpt/inference.py'),
                                   'seqgpt.inference.Samples._repr_html_': ('inference.html#samples._repr_html_', 'seqgpt/inference.py'),
                                   'seqgpt.inference.completions': ('inference.html#completions', 'seqgpt/inference.py'),

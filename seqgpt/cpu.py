@@ -85,5 +85,6 @@ def small_batch_linear(
 ) -> torch.Tensor: # (sequences, out)
     "A linear layer of GPT-2 for one token of each sequence: a few rows are multiplied by oneDNN, one by MKL."
     if x.shape[0] > 1 and x.is_cpu and x.dtype == torch.float32 and has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "") # has no public name in PyTorch
+        # PyTorch 2 has no public name for it
+        return torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "")
     return torch.addmm(bias, x, weight)

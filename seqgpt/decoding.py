@@ -147,7 +147,8 @@ class Decoder:
         last = torch.as_tensor(self.seq_len, device=place.device).view(-1, 1) # (1, 1), or (sequences, 1)
         hidden = (place < self.padding[:, None]) | (place > last)
         mask = torch.zeros(sequences, total, dtype=self.model.transformer.wte.weight.dtype, device=place.device)
-        return mask.masked_fill(hidden, -torch.inf).repeat_interleave(self.model.config.n_head, 0)[:, None]
+        mask = mask.masked_fill(hidden, -torch.inf)
+        return mask.repeat_interleave(self.model.config.n_head, 0)[:, None] # the same for each head
 
     def make_room(self,
         tokens: int, # That must fit

@@ -153,7 +153,13 @@ class Sample:
     @property
     def dots(self): return "" if self.finished else " ..."
 
-    def __repr__(self): return f"{' '.join(self.tokens[:self.given])} | {' '.join(self.tokens[self.given:])}{self.dots}"
+    def texts(self):
+        "What was given and what was added, with spaces between the symbols."
+        return " ".join(self.tokens[:self.given]), " ".join(self.tokens[self.given:])
+
+    def __repr__(self):
+        given, new = self.texts()
+        return f"{given} | {new}{self.dots}"
 
     def _repr_html_(self): return Samples([self])._repr_html_()
 
@@ -161,7 +167,7 @@ def marked(
     sample: Sample,
 ) -> str: # A paragraph of HTML
     "A sample as text, with what was given marked."
-    given, new = (escape(" ".join(part)) for part in (sample.tokens[:sample.given], sample.tokens[sample.given:]))
+    given, new = map(escape, sample.texts())
     return f"<p><mark>{given}</mark> {new}{sample.dots}</p>"
 
 def pictured(

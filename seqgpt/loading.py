@@ -42,9 +42,10 @@ def saved_config(
     if model_type != "gpt2":
         raise InputError(f"{folder}: holds a model of type {model_type!r}. seqgpt opens its own, of type 'gpt2'.")
     own = {name: value for name, value in fields.items() if name in GPT2Config.__annotations__}
-    task = "classification" if fields.get("architectures") == [TASKS["classification"].__name__] else "clm"
+    is_classifier = fields.get("architectures") == [TASKS["classification"].__name__]
+    task = "classification" if is_classifier else "clm"
     try:
-        classes = class_names(fields) if task == "classification" else None
+        classes = class_names(fields) if is_classifier else None
         return GPT2Config(**own, **label_fields(classes), architectures=[TASKS[task].__name__])
     except Exception as e:
         raise InputError(f"{folder}/config.json: not the configuration of a model ({reason(e)}). "
@@ -139,7 +140,7 @@ def load_folder(
     folder: str | Path, # As for `saved_config`
     task: str | None = None, # "clm" or "classification"; None: what the model does
 ) -> tuple: # The model, as from `load_model`, and its tokenizer
-    "A model and its tokenizer, even while a training replaces them; raises `InputError` where there is none that fits."
+    "A model and its tokenizer, even while a training replaces them; raises `InputError` as `load_model` does."
     while True:
         version = model_version(folder)
         try: found = load_model(folder, task or task_of(folder)), load_tokenizer(folder)

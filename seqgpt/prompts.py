@@ -30,8 +30,8 @@ def symbol_ids(
     symbols: list[str],
 ) -> list[int]: # That of `<unk>` for those that are not in the vocabulary
     "The ids of symbols, without a copy of the vocabulary."
-    half_a_character = re.compile("[\ud800-\udfff]") # no vocabulary has one, and the tokenizer would raise
-    known = [tokenizer.unk_token if half_a_character.search(s) else s for s in symbols]
+    surrogate = re.compile("[\ud800-\udfff]") # half a character: no vocabulary has one, and the tokenizer would raise
+    known = [tokenizer.unk_token if surrogate.search(s) else s for s in symbols]
     return tokenizer.convert_tokens_to_ids(known)
 
 # %% ../nbs/library/prompts.ipynb #22ed03a9
@@ -130,17 +130,20 @@ def group_prompts(
 
 # %% ../nbs/library/prompts.ipynb #934b289a
 def check_options(
-    num_samples, max_new_tokens, min_new_tokens, seed, temperature, top_k, top_p, repetition_penalty, guidance,
+    # all as for `generate`
+    num_samples, max_new_tokens, min_new_tokens, seed,
+    temperature, top_k, top_p, repetition_penalty, guidance,
 ) -> list[int | None]: # The first four, as numbers of Python
     "Raises `InputError` for an impossible option of `generate`."
-    whole = dict(num_samples=num_samples, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, seed=seed)
-    whole = {name: None if value is None else whole_number(value, name) for name, value in whole.items()}
-    num_samples, max_new_tokens, min_new_tokens, seed = whole.values()
+    numbers = dict(num_samples=num_samples, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, seed=seed)
+    numbers = {name: None if value is None else whole_number(value, name) for name, value in numbers.items()}
+    num_samples, max_new_tokens, min_new_tokens, seed = numbers.values()
     few_enough = min_new_tokens <= (max_new_tokens or min_new_tokens)
     rules = (
         ("num_samples", num_samples, num_samples >= 1, "at least 1"),
         ("max_new_tokens", max_new_tokens, max_new_tokens is None or max_new_tokens >= 1, "at least 1"),
-        ("min_new_tokens", min_new_tokens, min_new_tokens >= 0 and few_enough, "0 or more, and at most max_new_tokens"),
+        ("min_new_tokens", min_new_tokens, min_new_tokens >= 0 and few_enough,
+         "0 or more, and at most max_new_tokens"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"),
         ("top_k", top_k, top_k >= 0, "0 or more"),
         ("top_p", top_p, 0 < top_p <= 1, "more than 0, at most 1"),
@@ -149,7 +152,7 @@ def check_options(
         ("seed", seed, seed is None or 0 <= seed < 2**63, "0 or more, below 2**63"))
     for name, value, possible, rule in rules:
         if not possible: raise InputError(f"{name} is {value}. It must be {rule}.")
-    return [*whole.values()]
+    return [*numbers.values()]
 
 def check_guided(
     prompts: list[list[int]], # Ids, `<bos>` first
