@@ -12,6 +12,7 @@ from itertools import cycle
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from transformers import DynamicCache
 
 from .cpu import small_batch_linear
@@ -92,84 +93,94 @@ class Decoder:
         for token in ids[:, self.seq_len:].unbind(1): logits = self.decode(token)
         return logits
 
-    def prefill(self, ids):
-        "All tokens at once, through the model."
-        sequences, tokens = ids.shape
-        if self.padding is None: self.padding = ids.new_zeros(sequences)
-        place = torch.arange(tokens, device=ids.device) - self.padding[:, None]
-        positions = place.clamp(0, self.model.config.n_positions - 1) # one that has ended may be beyond the last
-        cache = DynamicCache(config=self.model.config)
-        logits = self.model(ids, attention_mask=(place >= 0).long(), position_ids=positions,
-                            past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        if not self.use_cache: return logits
-        self.seq_len = tokens
-        pairs = [(layer.keys.transpose(2, 3), layer.values) for layer in cache.layers]
-        self.kv_cache = [t.contiguous() for pair in pairs for t in pair]
-        return logits
-
-    def decode(self,
-        token: torch.Tensor, # (sequences,)
-    ) -> torch.Tensor: # (sequences, vocabulary)
-        "One more token of each sequence."
-        gpt = self.model.transformer
-        total = int(torch.as_tensor(self.seq_len).max()) + 1
-        self.make_room(total)
-        mask = self.mask(len(token), total)
-        position = (self.seq_len - self.padding).clamp(max=len(gpt.wpe.weight) - 1) # as in `prefill`
-        x = F.embedding(token, gpt.wte.weight) + F.embedding(position, gpt.wpe.weight)
-        for layer, block in enumerate(self.blocks):
-            q, k, v = block.qkv(x)
-            keys, values = self.append(layer, k, v)
-            x = x + block.attend(q, keys[..., :total], values[:, :total], mask)
-            x = x + block.mlp(x)
-        self.seq_len = self.seq_len + 1
-        return self.model.lm_head(gpt.ln_f(x))
-
-    def append(self,
-        layer: int,
-        k, # (sequences, heads, size), of the new token
-        v, # The same shape
-    ):
-        "Writes a key and a value of each sequence into the cache; gives what is there, with a row for each head."
-        keys, values = self.kv_cache[2*layer:2*layer + 2] # perhaps with rows to spare
-        sequences = len(k)
-        rows = slice(sequences) if isinstance(self.seq_len, int) else torch.arange(sequences)
-        keys[rows, :, :, self.seq_len] = k
-        values[rows, :, self.seq_len] = v
-        return keys[:sequences].flatten(0, 1), values[:sequences].flatten(0, 1)
-
-    def mask(self,
-        sequences: int,
-        total: int, # Tokens, the new one included
-    ) -> torch.Tensor: # (sequences * heads, 1, total)
-        "Minus infinity where nothing may be seen: in the padding, and after the end of a shorter sequence."
-        place = torch.arange(total, device=self.padding.device)
-        last = torch.as_tensor(self.seq_len, device=place.device).view(-1, 1) # (1, 1), or (sequences, 1)
-        hidden = (place < self.padding[:, None]) | (place > last)
-        mask = torch.zeros(sequences, total, dtype=self.model.transformer.wte.weight.dtype, device=place.device)
-        mask = mask.masked_fill(hidden, -torch.inf)
-        return mask.repeat_interleave(self.model.config.n_head, 0)[:, None] # the same for each head
-
-    def make_room(self,
-        tokens: int, # That must fit
-    ):
-        "Where there is too little room for keys and values, makes enough, and for a hundred tokens more."
-        lacking = tokens - self.kv_cache[0].shape[self.token_axes[0]]
-        if lacking <= 0: return
-        self.kv_cache = [F.pad(t, (0, 0)*(3 - axis) + (0, lacking + 100))
-                         for t, axis in zip(self.kv_cache, cycle(self.token_axes))]
-
-    def select(self,
-        rows: torch.Tensor, # Numbers of sequences; one may come several times
-    ): # Another `Decoder`
-        "Goes on with some of the sequences, from what is kept of them."
-        some = copy.copy(self)
-        some.padding = self.padding[rows]
-        some.kv_cache = [t[rows] for t in self.kv_cache]
-        return some
-
     @cached_property
     def blocks(self): return [DecoderBlock(block, self.model.config.n_head) for block in self.model.transformer.h]
+
+# %% ../nbs/library/decoding.ipynb #1f8b3c42
+@patch
+def prefill(self: Decoder, ids):
+    "All tokens at once, through the model."
+    sequences, tokens = ids.shape
+    if self.padding is None: self.padding = ids.new_zeros(sequences)
+    place = torch.arange(tokens, device=ids.device) - self.padding[:, None]
+    positions = place.clamp(0, self.model.config.n_positions - 1) # one that has ended may be beyond the last
+    cache = DynamicCache(config=self.model.config)
+    logits = self.model(ids, attention_mask=(place >= 0).long(), position_ids=positions,
+                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    if not self.use_cache: return logits
+    self.seq_len = tokens
+    pairs = [(layer.keys.transpose(2, 3), layer.values) for layer in cache.layers]
+    self.kv_cache = [t.contiguous() for pair in pairs for t in pair]
+    return logits
+
+# %% ../nbs/library/decoding.ipynb #3bc4e017
+@patch
+def decode(self: Decoder,
+    token: torch.Tensor, # (sequences,)
+) -> torch.Tensor: # (sequences, vocabulary)
+    "One more token of each sequence."
+    gpt = self.model.transformer
+    total = int(torch.as_tensor(self.seq_len).max()) + 1
+    self.make_room(total)
+    mask = self.mask(len(token), total)
+    position = (self.seq_len - self.padding).clamp(max=len(gpt.wpe.weight) - 1) # as in `prefill`
+    x = F.embedding(token, gpt.wte.weight) + F.embedding(position, gpt.wpe.weight)
+    for layer, block in enumerate(self.blocks):
+        q, k, v = block.qkv(x)
+        keys, values = self.append(layer, k, v)
+        x = x + block.attend(q, keys[..., :total], values[:, :total], mask)
+        x = x + block.mlp(x)
+    self.seq_len = self.seq_len + 1
+    return self.model.lm_head(gpt.ln_f(x))
+
+@patch
+def append(self: Decoder,
+    layer: int,
+    k, # (sequences, heads, size), of the new token
+    v, # The same shape
+):
+    "Writes a key and a value of each sequence into the cache; gives what is there, with a row for each head."
+    keys, values = self.kv_cache[2*layer:2*layer + 2] # perhaps with rows to spare
+    sequences = len(k)
+    rows = slice(sequences) if isinstance(self.seq_len, int) else torch.arange(sequences)
+    keys[rows, :, :, self.seq_len] = k
+    values[rows, :, self.seq_len] = v
+    return keys[:sequences].flatten(0, 1), values[:sequences].flatten(0, 1)
+
+# %% ../nbs/library/decoding.ipynb #5de62b39
+@patch
+def mask(self: Decoder,
+    sequences: int,
+    total: int, # Tokens, the new one included
+) -> torch.Tensor: # (sequences * heads, 1, total)
+    "Minus infinity where nothing may be seen: in the padding, and after the end of a shorter sequence."
+    place = torch.arange(total, device=self.padding.device)
+    last = torch.as_tensor(self.seq_len, device=place.device).view(-1, 1) # (1, 1), or (sequences, 1)
+    hidden = (place < self.padding[:, None]) | (place > last)
+    mask = torch.zeros(sequences, total, dtype=self.model.transformer.wte.weight.dtype, device=place.device)
+    mask = mask.masked_fill(hidden, -torch.inf)
+    return mask.repeat_interleave(self.model.config.n_head, 0)[:, None] # the same for each head
+
+# %% ../nbs/library/decoding.ipynb #81095e6c
+@patch
+def make_room(self: Decoder,
+    tokens: int, # That must fit
+):
+    "Where there is too little room for keys and values, makes enough, and for a hundred tokens more."
+    lacking = tokens - self.kv_cache[0].shape[self.token_axes[0]]
+    if lacking <= 0: return
+    self.kv_cache = [F.pad(t, (0, 0)*(3 - axis) + (0, lacking + 100))
+                     for t, axis in zip(self.kv_cache, cycle(self.token_axes))]
+
+@patch
+def select(self: Decoder,
+    rows: torch.Tensor, # Numbers of sequences; one may come several times
+): # Another `Decoder`
+    "Goes on with some of the sequences, from what is kept of them."
+    some = copy.copy(self)
+    some.padding = self.padding[rows]
+    some.kv_cache = [t[rows] for t in self.kv_cache]
+    return some
 
 # %% ../nbs/library/decoding.ipynb #012271d7
 def decoder_for(

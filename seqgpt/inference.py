@@ -39,6 +39,7 @@ def next_logits(
         raise InputError(f"The prefix has {len(ids)} tokens, but the model has {positions} positions.")
     with torch.inference_mode(): return model(torch.tensor([ids], device=model.device)).logits[0, -1].float().cpu()
 
+# %% ../nbs/05_inference.ipynb #b43c819f
 def likeliest(
     tokenizer, # Of the model
     logits: torch.Tensor, # (vocabulary,)
@@ -120,6 +121,7 @@ def make_sampler(
         return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators)])
     return sample
 
+# %% ../nbs/05_inference.ipynb #921a6f7d
 def stream(
     decoder, # A `Decoder`, or another function of ids that gives the logits after them
     ids: torch.Tensor, # (sequences, tokens), padded on the left
@@ -163,6 +165,7 @@ class Sample:
 
     def _repr_html_(self): return Samples([self])._repr_html_()
 
+# %% ../nbs/05_inference.ipynb #a32b708e
 def marked(
     sample: Sample,
 ) -> str: # A paragraph of HTML

@@ -55,6 +55,7 @@ def check_dimensions(
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise InputError(f"{name} is {value}. It must be 0 or more.")
 
+# %% ../nbs/03_model.ipynb #c54d92a0
 def check_memory(
     config: GPT2Config, # Of a model to be built
     bytes_each: int, # For each parameter
@@ -72,6 +73,7 @@ def check_memory(
                      f"parameter, and this machine has {have / 2**30:,.1f} GiB.\n"
                      f"Lower n_embd ({d}), n_layer ({L}) or max_length ({P}){fewer_symbols}.")
 
+# %% ../nbs/03_model.ipynb #d65ea3b1
 def parameter_shapes(
     config: GPT2Config, # Of a model to be built
     task: str = "clm", # "clm" or "classification"
@@ -108,6 +110,7 @@ def check_field_names(
         raise InputError("add_cross_attention: there is no encoder to attend to, so its weights would never be used "
                          "or trained. Leave it out.")
 
+# %% ../nbs/03_model.ipynb #e76fb4c2
 def check_field_values(
     config: GPT2Config,
     fields: dict, # Those that a user gave
