@@ -151,11 +151,11 @@ def test_keys_and_values_stay_where_they_are(exported):
     decoder = file.decoder(file)
     ids = torch.full((3, 150), 5)
     decoder(ids[:, :10])
-    places = [k.data_ptr() for k in decoder.kept]
+    places = [k.data_ptr() for k in decoder.kv_cache]
     decoder(ids[:, :100])
-    assert places == [k.data_ptr() for k in decoder.kept] # until they are full
+    assert places == [k.data_ptr() for k in decoder.kv_cache] # until they are full
     decoder(ids)
-    assert places != [k.data_ptr() for k in decoder.kept]
+    assert places != [k.data_ptr() for k in decoder.kv_cache]
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def test_logits_are_those_of_the_model_whatever_was_kept():
     decoder = Decoder(model, padding)
     for n in (5, 6, 7, 150, 151, 40, 41, 260, 4, 259, 260): # on, by several at once, and back
         assert torch.allclose(decoder(ids[:, :n]), expected[:, n - 1], atol=1e-4), n
-    assert decoder.kept[0].shape[-1] < 400
+    assert decoder.kv_cache[0].shape[-1] < 400
 
 
 def test_padding_does_not_count():
@@ -171,8 +171,8 @@ def test_choosing_leaves_the_logits_alone():
 def test_generation_stops_when_all_have_ended(monkeypatch):
     model = random_model()
     calls = []
-    step = Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda self, token: calls.append(1) or step(self, token))
+    step = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", lambda self, token: calls.append(1) or step(self, token))
     longest = max(len(row) for row in theirs(model, EQUAL, 3, seed=0))
     assert longest < 100 and ours(model, EQUAL, 3) and len(calls) == longest
 
@@ -219,10 +219,10 @@ def test_each_distinct_prompt_is_computed_once(guidance, passes, monkeypatch):
     "However many samples are drawn of it, in however many batches, and however often it is in the list."
     model = random_model(max_length=60)
     computed = []
-    step = Decoder.step
+    step = Decoder.decode
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda ids, **how: computed.append(ids.numel()) or forward(ids, **how))
-    monkeypatch.setattr(Decoder, "step", lambda self, token: computed.append(len(token)) or step(self, token))
+    monkeypatch.setattr(Decoder, "decode", lambda self, token: computed.append(len(token)) or step(self, token))
     prompts = [NOTES, NOTES[:20], NOTES]
     samples = generate(model, TOKENIZER, prompts, num_samples=20, max_new_tokens=3, min_new_tokens=3, seed=0,
                        guidance=guidance)
