@@ -9,7 +9,7 @@ __all__ = ['as_list', 'read_prompts', 'check_prompt_ids', 'encode_one', 'read_st
 # %% ../nbs/library/parsing.ipynb #b10260d0
 from .api import APIError, CompletionRequest, InputRequest
 from .checks import InputError
-from .prompts import encode_prompt, look_up
+from .prompts import encode_prompt, lookup_ids
 from .sequences import SequenceRequest
 
 # %% ../nbs/library/parsing.ipynb #a2b1fd59
@@ -79,7 +79,7 @@ def read_stops(
     stops = as_list(given)
     if "" in stops: raise APIError(400, "stop: an empty one. Give one or more symbols.", "stop")
     can_occur = [s for s in stops if s.strip() and not any(c.isspace() and c != " " for c in s)]
-    return [look_up(tokenizer, s.split()) for s in can_occur] # an unknown symbol is <unk>, which is never sampled
+    return [lookup_ids(tokenizer, s.split()) for s in can_occur] # an unknown symbol is <unk>, which is never sampled
 
 # %% ../nbs/library/parsing.ipynb #165875b4
 def parse_inputs(

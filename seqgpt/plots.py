@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CELL_COLOURS', 'short_name', 'cell_colours', 'plot_batch', 'plot_images', 'plot_curves', 'save_curves', 'plot_next',
            'plot_comparison', 'plot_positions', 'name_ticks', 'plot_labels', 'plot_calibration', 'plot_distances',
-           'plot_sampled', 'plot_rivals', 'plot_confusion', 'plot_f1', 'plot_prefix_probabilities']
+           'plot_sampled', 'plot_accuracy', 'plot_confusion', 'plot_f1', 'plot_prefix_probabilities']
 
 # %% ../nbs/library/plots.ipynb #ca83eacd
 import itertools
@@ -227,7 +227,7 @@ def plot_sampled(
     ax.legend(fontsize=7, ncols=2, loc="upper center")
 
 # %% ../nbs/library/plots.ipynb #abcac7d9
-def plot_rivals(
+def plot_accuracy(
     evaluation, # A `ClassEvaluation`
     ax, # To draw on
 ):

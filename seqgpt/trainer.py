@@ -23,7 +23,7 @@ from transformers import Trainer
 from .checkpoints import checkpoints_in, load_state, read_checkpoint, save_state
 from .cpu import tune_malloc, use_fast_cpu_kernels
 from .data import LengthGroupedSampler, column
-from .devices import shard_like, whole, gather_model
+from .devices import gather_full, gather_model, shard_like
 from .files import remove, atomic_write
 from .streaming import Stream
 
@@ -92,7 +92,7 @@ def _save_checkpoint(self: SequenceTrainer, model, trial):
     mine = {"python": random.getstate(), "numpy": [name, key.tolist(), *rest], "torch": torch.get_rng_state(), "loss": self._tr_loss.cpu(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     processes, scaler = gather_object([mine]), self.accelerator.scaler
-    model, optimizer = gather_model(self.accelerator.unwrap_model(self.model)), whole(self.optimizer.state_dict()["state"])
+    model, optimizer = gather_model(self.accelerator.unwrap_model(self.model)), gather_full(self.optimizer.state_dict()["state"])
     if not self.args.should_save: return
     folder = Path(self.args.output_dir)
     with atomic_write(folder/f"checkpoint-{self.state.global_step}") as part:
