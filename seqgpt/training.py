@@ -19,7 +19,7 @@ import numpy as np
 from transformers import ProgressCallback, TrainerCallback
 
 from .callbacks import Bar, Interrupted, KeepBest, StopOnSignal, StopWhenDiverged, suggest_batch_size
-from .checkpoints import resume_command
+from .checkpoints import checkpoint_step, resume_command
 from .checks import InputError, read_json
 from .config import Config
 from .data import choose, column
@@ -92,11 +92,11 @@ def train(
         wait() # all have read what is now written anew
         if run.first: begin_run(run)
         trainer = make_trainer(run, [StopWhenDiverged(), best, stop, *callbacks])
-        if done: trainer.go_to(checkpoint)
+        if done: trainer.load_checkpoint(checkpoint)
         else: run_trainer(trainer, checkpoint, out)
         history = trainer.state.log_history
         if run.first: save_curves(history, out)
-        if stop.asked: raise Interrupted(stopped(trainer, out) if run.first else "")
+        if stop.stop_requested: raise Interrupted(stopped(trainer, out) if run.first else "")
         if not any("eval_loss" in log for log in history): trainer.evaluate() # stopped before the first validation
         model = gather_model(trainer.accelerator.unwrap_model(trainer.model))
         if run.first: save(out/"final_model", model, metrics=validation_metrics(history))
@@ -113,7 +113,7 @@ def make_trainer(
     by_length = np.argsort(column(split.validation, "length"), kind="stable")
     trainer = SequenceTrainer(
         run.model, args, train_dataset=split.train, eval_dataset=choose(split.validation, by_length),
-        processing_class=run.tokenizer, half=args.use_cpu and pick_precision(config.precision) == "bf16",
+        processing_class=run.tokenizer, bf16_weights=args.use_cpu and pick_precision(config.precision) == "bf16",
         optimizers=(muon, None), callbacks=callbacks, **run.parts)
     if run.first and fsdp_enabled() and not trainer.is_fsdp_enabled:
         tqdm.write("Accelerate shares a model out on GPUs only: here each process has all of it.")
@@ -149,7 +149,7 @@ def tensorboard(
     "Has a trainer write its logs for TensorBoard to `runs`."
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
-    first_step = checkpoint and int(checkpoint.name[11:]) + 1 # what was done in vain is not shown
+    first_step = checkpoint and checkpoint_step(checkpoint) + 1 # what was done in vain is not shown
     with SummaryWriter(out/"runs", purge_step=first_step) as writer:
         trainer.add_callback(TensorBoardCallback(writer))
         yield

@@ -229,7 +229,7 @@ def test_what_is_ignored_stays_ignored():
     before = {s: signal.signal(s, signal.SIG_IGN if s == signal.SIGHUP else signal.SIG_DFL) for s in signals}
     seen = lambda: [signal.getsignal(s) for s in signals]
     try:
-        with StopOnSignal() as stop: assert seen() == [stop.ask, signal.SIG_IGN, stop.ask]
+        with StopOnSignal() as stop: assert seen() == [stop.request_stop, signal.SIG_IGN, stop.request_stop]
         mine = stop_on_signals()
         assert mine.keys() == {signal.SIGTERM, signal.SIGUSR1} and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         for s, handler in mine.items(): signal.signal(s, handler)
@@ -250,7 +250,7 @@ os.close(terminal)
 os.close(ours)
 try: os.write(1, b"nobody reads this")
 except OSError as e: failed = e.strerror
-StopOnSignal().ask()
+StopOnSignal().request_stop()
 print("nobody reads this", flush=True)
 os.dup2(real, 1)
 print(failed, "at first", flush=True)

@@ -55,7 +55,7 @@ def test_the_loss_of_a_batch_does_not_depend_on_padding(config, precision, tmp_p
     tokenizer = T.load_vocab(config)
     rows = [{"input_ids": ids} for ids in T.load_data(config, tokenizer)[0].dataset[:2]["input_ids"]]
     model = T.new_model(T.make_config(tokenizer, 64, 1, 2, 16), seed=0).eval()
-    trainer = T.SequenceTrainer(model, T.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), half=precision == "bf16")
+    trainer = T.SequenceTrainer(model, T.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), bf16_weights=precision == "bf16")
     batch = T.collate(rows, tokenizer.pad_token_id)
     wider = {name: torch.nn.functional.pad(t, (0, 9), value={"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}[name]) for name, t in batch.items()}
     assert "attention_mask" in batch
