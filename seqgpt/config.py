@@ -113,7 +113,8 @@ def check_type(
     if isinstance(value, str | dict): # letters of a text, names of a dict
         fits = fits and all(isinstance(part, str) and part != "\0" for part in value)
     words = {int: "a whole number", float: "a number", bool: "true or false", dict: "names with values"}
-    if not fits: raise InputError(f"{name} is {value!r}. It must be {words.get(kind, 'a text without the character 0')}.")
+    expected = words.get(kind, "a text without the character 0")
+    if not fits: raise InputError(f"{name} is {value!r}. It must be {expected}.")
 
 # %% ../nbs/library/config.ipynb #f0535722
 CHOICES = {
