@@ -113,7 +113,8 @@ def check_type(
     if isinstance(value, str | dict): # letters of a text, names of a dict
         fits = fits and all(isinstance(part, str) and part != "\0" for part in value)
     words = {int: "a whole number", float: "a number", bool: "true or false", dict: "names with values"}
-    if not fits: raise InputError(f"{name} is {value!r}. It must be {words.get(kind, 'a text without the character 0')}.")
+    expected = words.get(kind, "a text without the character 0")
+    if not fits: raise InputError(f"{name} is {value!r}. It must be {expected}.")
 
 # %% ../nbs/library/config.ipynb #f0535722
 CHOICES = {
@@ -280,9 +281,9 @@ def run_config(
     "How a model was trained, with whole paths if it is in the folder of its run; raises `InputError` if unknown."
     folder = Path(os.path.abspath(user_path(folder)))
     config = read_config(folder/"config.yaml")
-    try: whole = read_settings(folder.parent/"config.yaml")
+    try: of_run = read_settings(folder.parent/"config.yaml")
     except InputError: return config # a copy of the model alone
-    paths = {name: whole[name] for name in path_checks(Config) if isinstance(whole.get(name), str)}
+    paths = {name: of_run[name] for name in path_checks(Config) if isinstance(of_run.get(name), str)}
     known = {name: path for name, path in paths.items() if shared_path(path) == getattr(config, name)}
     return Config(**asdict(config) | known)
 

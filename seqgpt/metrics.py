@@ -8,11 +8,18 @@ __all__ = ['perplexity', 'token_sums', 'token_metrics', 'ExactMetrics', 'class_l
 
 # %% ../nbs/library/metrics.ipynb #e14985bf
 import math
+import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+# %% ../nbs/library/metrics.ipynb #942e422b
+def perplexity(
+    loss: float, # Mean, in nats per token
+) -> float: # Finite for any loss
+    "Between how many equally likely symbols a model with this loss is torn."
+    return math.exp(min(loss, 700))
 
 # %% ../nbs/library/metrics.ipynb #104ae434
 def token_sums(
@@ -20,35 +27,38 @@ def token_sums(
     labels: torch.Tensor, # (batch, length), -100 where nothing counts
 ) -> torch.Tensor: # (batch, 3): summed loss in nats, tokens guessed right, tokens
     "The sums from which perplexity and accuracy follow, for each sequence."
-    truth = labels[:, 1:]
-    counts = truth != -100
-    guess = logits[:, :-1].float()
-    nats = F.cross_entropy(guess.transpose(1, 2), truth, ignore_index=-100, reduction="none").double()
-    right = (guess.argmax(-1) == truth) & counts
-    return torch.stack([nats.sum(1), right.sum(1), counts.sum(1)], dim=1)
+    targets = labels[:, 1:]
+    counts = targets != -100
+    guesses = logits[:, :-1].float()
+    nats = F.cross_entropy(guesses.transpose(1, 2), targets, ignore_index=-100, reduction="none").double()
+    correct = (guesses.argmax(-1) == targets) & counts
+    return torch.stack([nats.sum(1), correct.sum(1), counts.sum(1)], dim=1)
 
 def token_metrics(
     rows: np.ndarray, # (sequences, 3), from `token_sums`
 ) -> dict[str, float]:
     "Loss, perplexity and accuracy over all tokens."
-    nats, right, tokens = rows.sum(0).tolist()
-    return {"loss": nats/tokens, "perplexity": perplexity(nats/tokens), "accuracy": right/tokens}
+    nats, correct, tokens = rows.sum(0).tolist()
+    loss = nats/tokens
+    return {"loss": loss, "perplexity": perplexity(loss), "accuracy": correct/tokens}
 
-perplexity = lambda loss: math.exp(min(loss, 700)) # a finite number for any loss
-
+# %% ../nbs/library/metrics.ipynb #40bee6ae
 class ExactMetrics:
-    "Collects a row for each sequence over the batches that `Trainer` hands over, and turns them into metrics behind the last."
+    "Collects the rows of all batches that `Trainer` hands over, and turns them into metrics after the last."
     def __init__(self,
         metrics, # `token_metrics` or `class_metrics`
-    ): self.metrics, self.rows = metrics, []
+    ):
+        self.metrics = metrics
+        self.rows = []
 
     def __call__(self,
         prediction, # Its `predictions` are the rows of a batch
         compute_result: bool = True, # Whether this is the last batch
     ) -> dict[str, float]:
-        self.rows.append(torch.as_tensor(prediction.predictions).cpu().numpy()) # `Trainer` leaves them where they were computed
+        self.rows.append(torch.as_tensor(prediction.predictions).cpu().numpy()) # `Trainer` leaves them on the device
         if not compute_result: return {}
-        rows, self.rows = np.concatenate(self.rows), []
+        rows = np.concatenate(self.rows)
+        self.rows = []
         return self.metrics(rows)
 
 # %% ../nbs/library/metrics.ipynb #52add4c8
@@ -61,15 +71,16 @@ def class_loss(
     "Cross-entropy, for `Trainer`."
     weights = None if weights is None else weights.to(labels.device)
     nats = F.cross_entropy(outputs.logits.float(), labels, weights, reduction="sum")
-    return nats / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+    count = len(labels) if num_items_in_batch is None else num_items_in_batch
+    return nats/count
 
 def balanced_weights(
     labels: list[int], # Numbers of classes, of the training sequences
     n_classes: int,
 ) -> torch.Tensor: # (n_classes,), 1 on average over the sequences
-    "Weights with which each class counts the same: sequences / (classes × sequences of the class), as in scikit-learn."
+    "Weights with which each class counts the same, as in scikit-learn: sequences / (classes × sequences of the class)."
     counts = torch.bincount(torch.tensor(labels), minlength=n_classes)
-    return len(labels) / (n_classes * counts.clamp(min=1))
+    return len(labels)/(n_classes*counts.clamp(min=1))
 
 # %% ../nbs/library/metrics.ipynb #707da3c8
 def class_guesses(
@@ -77,12 +88,15 @@ def class_guesses(
     labels: torch.Tensor, # (batch,)
 ) -> torch.Tensor: # (batch, 3): loss in nats, guess, truth
     "What the metrics need to know of each sequence."
-    return torch.stack([F.cross_entropy(logits.float(), labels, reduction="none").double(), logits.argmax(-1), labels], dim=1)
+    nats = F.cross_entropy(logits.float(), labels, reduction="none").double()
+    return torch.stack([nats, logits.argmax(-1), labels], dim=1)
 
 # %% ../nbs/library/metrics.ipynb #0fefe96d
+warnings.filterwarnings("ignore", "The number of unique classes") # scikit-learn takes many classes for a regression
+
 def macro_f1(
     truth: np.ndarray, # Numbers of classes
-    guess: np.ndarray, # Likewise
+    guess: np.ndarray, # The same
 ) -> float:
     "The mean of F1 over the classes that occur in either."
     from sklearn.metrics import f1_score
@@ -93,21 +107,29 @@ def class_metrics(
     weights: torch.Tensor | None = None, # (classes,), as in `class_loss`
 ) -> dict[str, float]:
     "Loss, accuracy and macro F1."
-    nats, guess, truth = rows[:, 0], rows[:, 1].astype(int), rows[:, 2].astype(int)
-    share = None if weights is None else weights.numpy()[truth]
-    return {"loss": float(np.average(nats, weights=share)), "accuracy": float((guess == truth).mean()), "macro_f1": macro_f1(truth, guess)}
+    nats = rows[:, 0]
+    guess = rows[:, 1].astype(int)
+    truth = rows[:, 2].astype(int)
+    sample_weights = None if weights is None else weights.numpy()[truth]
+    loss = float(np.average(nats, weights=sample_weights))
+    return {"loss": loss, "accuracy": float((guess == truth).mean()), "macro_f1": macro_f1(truth, guess)}
 
 # %% ../nbs/library/metrics.ipynb #a989a6e0
 def recent_loss(
     history: list[dict], # What `Trainer` wrote down; the last entry is a validation
-) -> float: # nan where nothing was written down
+) -> float: # nan if nothing was written down
     "The training loss between the last two validations."
-    losses, steps, last = [], [], 0
+    losses = []
+    steps = [] # of which each is the mean
+    last_step = 0
     for log in history[:-1]:
-        if "eval_loss" in log: losses, steps = [], []
+        if "eval_loss" in log:
+            losses.clear()
+            steps.clear()
         if "loss" not in log: continue
-        losses.append(log["loss"]); steps.append(log["step"] - last) # of which it is the mean
-        last = log["step"]
+        losses.append(log["loss"])
+        steps.append(log["step"] - last_step)
+        last_step = log["step"]
     return float(np.average(losses, weights=steps)) if losses else math.nan
 
 # %% ../nbs/library/metrics.ipynb #8baebdd5
@@ -119,16 +141,21 @@ def out_of_patience(
     validations = [log for log in history if "eval_loss" in log]
     if not 0 < patience <= len(validations): return False
     losses = [log["eval_loss"] for log in validations]
+    since_best = len(losses) - 1 - losses.index(min(losses))
     flawless = all("eval_macro_f1" in log and log["eval_accuracy"] == 1 for log in validations[-patience:])
-    return flawless or losses.index(min(losses)) < len(losses) - patience
+    return flawless or since_best >= patience
 
+# %% ../nbs/library/metrics.ipynb #1f6b13de
 def validation_metrics(
     history: list[dict], # What `Trainer` wrote down
 ) -> dict[str, float]:
     "The last validation, as it is saved with a model."
-    k = max(k for k, log in enumerate(history) if "eval_loss" in log)
-    log, train = history[k], recent_loss(history[:k + 1])
-    names = ("perplexity", "accuracy") if "eval_perplexity" in log else ("loss", "accuracy", "macro_f1") # the first is what falls
-    if names[0] == "perplexity": train = perplexity(train)
-    return {**{name: log[f"eval_{name}"] for name in names}, **({f"train_{names[0]}": train} if math.isfinite(train) else {}),
-            "epoch": round(log["epoch"], 4), "step": log["step"]}
+    at = max(k for k, log in enumerate(history) if "eval_loss" in log)
+    log = history[at]
+    names = ("perplexity", "accuracy") if "eval_perplexity" in log else ("loss", "accuracy", "macro_f1")
+    level = names[0] # what falls
+    train = recent_loss(history[:at + 1])
+    if level == "perplexity": train = perplexity(train)
+    found = {name: log[f"eval_{name}"] for name in names}
+    if math.isfinite(train): found[f"train_{level}"] = train
+    return found | {"epoch": round(log["epoch"], 4), "step": log["step"]}

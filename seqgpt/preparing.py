@@ -156,7 +156,7 @@ class PreparedRun:
         shape(**config.model) # a mistake shows before the data is read
         self.corpus, self.split = source.load(self.tokenizer)
         balanced = config.class_weights == "balanced"
-        self.parts, classes = task_setup(config.task, self.split, self.tokenizer, balanced, config.data_path)
+        self.task_arguments, classes = task_setup(config.task, self.split, self.tokenizer, balanced, config.data_path)
         self.tokenizer.model_max_length = config.max_length # where others cut off what is too long
         self.args = training_arguments(config, None if config.streaming else len(self.split.train))
         self.model = new_model(shape(classes=classes, **config.model), config.seed, config.task) # before its first step

@@ -282,7 +282,7 @@ def test_what_is_ignored_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     def seen(): return [signal.getsignal(s) for s in signals]
     try:
-        with StopOnSignal() as stop: assert seen() == [stop.ask, signal.SIG_IGN, stop.ask]
+        with StopOnSignal() as stop: assert seen() == [stop.request_stop, signal.SIG_IGN, stop.request_stop]
         mine = stop_on_signals()
         assert mine.keys() == {signal.SIGTERM, signal.SIGUSR1}
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -305,7 +305,7 @@ os.close(terminal)
 os.close(ours)
 try: os.write(1, b"nobody reads this")
 except OSError as e: failed = e.strerror
-StopOnSignal().ask()
+StopOnSignal().request_stop()
 print("nobody reads this", flush=True)
 os.dup2(real, 1)
 print(failed, "at first", flush=True)

@@ -67,7 +67,7 @@ def test_the_loss_of_a_batch_does_not_depend_on_padding(config, precision, tmp_p
     rows = [{"input_ids": ids} for ids in load_data(config, tokenizer)[0].dataset[:2]["input_ids"]]
     model = new_model(make_config(tokenizer, 64, 1, 2, 16), seed=0).eval()
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    trainer = SequenceTrainer(model, arguments, half=precision == "bf16")
+    trainer = SequenceTrainer(model, arguments, bf16_weights=precision == "bf16")
     batch = collate(rows, tokenizer.pad_token_id)
     padding = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
     wider = {name: torch.nn.functional.pad(t, (0, 9), value=padding[name]) for name, t in batch.items()}
