@@ -13,21 +13,24 @@ from .data import collate
 from .prompts import encode_prompt
 from .scores import token_scores
 
-# %% ../nbs/library/conditional.ipynb #5cad1f1d
+# %% ../nbs/library/conditional.ipynb #26318617
 def conditional_log_likelihoods(
     model, # A language model, trained on sequences that begin with a symbol for their class
     tokenizer, # Its tokenizer
     ids: list[int], # A sequence without that symbol, `<bos>` first
     symbols: list[str], # Those of the classes
-) -> np.ndarray: # (classes, tokens): logarithm of the probability of the class and of the tokens up to each one
+) -> np.ndarray: # (classes, tokens): log-probability of the class and of the tokens up to each one
     "How likely a sequence is together with each class; softmax over the classes gives the class by Bayes' rule."
-    rows = [{"input_ids": [ids[0], c, *ids[1:]]} for _, c in (encode_prompt(tokenizer, [s]) for s in symbols)]
+    encoded = [encode_prompt(tokenizer, [symbol]) for symbol in symbols]
+    rows = [{"input_ids": [ids[0], c, *ids[1:]]} for _, c in encoded]
     return -token_scores(model, collate(rows, tokenizer.pad_token_id))[0].cumsum(1)
 
-# %% ../nbs/library/conditional.ipynb #cc3caf21
+# %% ../nbs/library/conditional.ipynb #d0e3547a
 def prefix_probabilities(
     model, # A classifier, in evaluation mode
     ids: list[int], # A sequence, `<bos>` first
 ) -> np.ndarray: # (tokens, classes)
-    "What the head says at each token: the probability of each class, had the sequence been judged there."
-    with torch.inference_mode(): return model.score(model.transformer(torch.tensor([ids], device=model.device)).last_hidden_state)[0].float().softmax(-1).cpu().numpy()
+    "What the head says at each token: the probability of each class, if the sequence were classified there."
+    with torch.inference_mode():
+        states = model.transformer(torch.tensor([ids], device=model.device)).last_hidden_state
+        return model.score(states)[0].float().softmax(-1).cpu().numpy()

@@ -354,9 +354,9 @@ def test_a_foreign_source_that_could_be_is_found_out(tmp_path):
 
 
 def test_a_model_far_from_the_floor_stays_in_the_picture():
-    from seqgpt.plots import plot_positions
-    def scores(nats): return SimpleNamespace(by_position=np.array([[6, *[nats]*30], [0]*31, [1]*31], float))
+    from seqgpt.panels import plot_positions
+    def perplexities(nats): return np.exp([6.0, *[min(nats, 700)]*30])
     for nats in (4.0, 900.0):
         ax = Figure().subplots()
-        plot_positions(SimpleNamespace(scores=scores(nats), floors={"class inferred": scores(0.7)}), ax)
+        plot_positions({"this model": perplexities(nats), "best, class inferred": perplexities(0.7)}, ax)
         assert ax.get_ylim()[1] > np.exp(min(nats, 690))
