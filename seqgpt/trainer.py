@@ -24,7 +24,7 @@ from transformers import Trainer
 from .checkpoints import checkpoints_in, load_state, read_checkpoint, save_state
 from .cpu import tune_malloc, use_fast_cpu_kernels
 from .data import LengthGroupedSampler, column
-from .devices import shard_like, whole, gather_model
+from .devices import gather_full, gather_model, shard_like
 from .files import remove, atomic_write
 from .streaming import Stream
 
@@ -135,7 +135,7 @@ def _save_checkpoint(self: SequenceTrainer, model, trial):
     self.store_flos()
     processes = gather_object([self.process_state()])
     model = gather_model(self.accelerator.unwrap_model(self.model))
-    optimizer = whole(self.optimizer.state_dict()["state"])
+    optimizer = gather_full(self.optimizer.state_dict()["state"])
     if not self.args.should_save: return
     scaler = self.accelerator.scaler
     folder = Path(self.args.output_dir)

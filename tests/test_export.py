@@ -313,7 +313,7 @@ def test_a_result_is_not_given_to_another_model(written, quick_export, monkeypat
     monkeypatch.setattr("seqgpt.commands.measures", lambda task: (measure_and_replace, plot))
     result = seqgpt("evaluate", "--model_path", BEST, "--num_samples", 0, cwd=lm)
     refused(result, "has replaced the model meanwhile", "best_model/evaluation was not written")
-    from seqgpt.onnx_folder import to_onnx  # what it is now
+    to_onnx = onnx_folder.to_onnx # as it is now
     def replace_and_export(*args):
         replace_best()
         return to_onnx(*args)

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest

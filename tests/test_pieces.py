@@ -19,8 +19,9 @@ from filelock import FileLock, Timeout
 
 from seqgpt.checks import InputError
 from seqgpt.data import given_split, split_by_hash, split_corpus
-from seqgpt.encoding import encoding_options, read_corpus, shard_key
+from seqgpt.encoding import read_corpus, shard_key
 from seqgpt.files import locked
+from seqgpt.rows import encoding_options
 from seqgpt.sources import SUFFIXES, corpus_files, file_span, read_span, shard_files
 from seqgpt.streaming import Stream, stream_corpus
 from seqgpt.tokenizer import make_tokenizer
