@@ -103,7 +103,8 @@ class SequenceTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         at_once = self.args.train_batch_size*self.args.world_size
         per_step = at_once*self.args.gradient_accumulation_steps
-        self.sampler = LengthGroupedSampler(column(self.train_dataset, "length"), per_step, self.args.seed, multiple=at_once)
+        lengths = column(self.train_dataset, "length")
+        self.sampler = LengthGroupedSampler(lengths, per_step, self.args.seed, multiple=at_once)
         return self.sampler
 
     def _run_epoch(self, *, epoch, **kwargs):

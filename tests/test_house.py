@@ -31,11 +31,10 @@ def imported(module) -> set[str]:
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import): found |= {a.name for a in node.names if a.name.startswith("seqgpt.")}
         if isinstance(node, ast.ImportFrom):
-            if node.level: found |= {f"seqgpt.{node.module}"} if node.module else {f"seqgpt.{a.name}" for a in node.names}
-            elif node.module == "seqgpt": found |= {f"seqgpt.{a.name}" for a in node.names}
-            elif node.module.startswith("seqgpt."): found.add(node.module)
+            module = f"seqgpt.{node.module or ''}".rstrip(".") if node.level else node.module
+            found |= {f"seqgpt.{a.name}" for a in node.names} if module == "seqgpt" else {module}
     names = {p.stem for p in MODULES}
-    return {name.split(".")[1] for name in found} & names
+    return {name.split(".")[1] for name in found if name.startswith("seqgpt.")} & names
 
 
 def test_the_plan_has_every_module_once_and_chapters_in_their_order():

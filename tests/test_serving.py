@@ -508,7 +508,8 @@ def test_who_wants_one_does_not_wait_for_all_of_who_wants_many(made):
         post = service.engine.dispatch
         ask = partial(complete, service, prompt="C4")
         def posted(pieces):
-            left.extend(service.engine.num_waiting() for c, _, finish in pieces if finish and c.generator.initial_seed() == 0)
+            ended = [c for c, _, finish in pieces if finish and c.generator.initial_seed() == 0]
+            left.extend(service.engine.num_waiting() for _ in ended)
             post(pieces)
         service.engine.dispatch = posted
         with held(service.engine, 1):
@@ -572,7 +573,7 @@ def test_a_slow_client_does_not_hold_up_others_and_is_given_up(made, capfd):
         with held(service.engine, 1):
             line = send(service, **much)
             assert line.recv(12) == b"HTTP/1.1 200"
-            service.max_seconds = 2 - RECEIVE_TIMEOUT # what is still to be sent two seconds after the request came is given up
+            service.max_seconds = 2 - RECEIVE_TIMEOUT # what is not sent two seconds after the request came is given up
         with closing(line): wait(lambda: answered(service, 200) == 3) # the request ends, though nobody reads
     assert "Traceback" not in capfd.readouterr().err
 
