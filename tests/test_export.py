@@ -13,6 +13,7 @@ from conftest import refused, seqgpt
 from test_generation import EQUAL, TOKENIZER, UNEQUAL, WAYS, random_model
 
 from seqgpt import export as E
+from seqgpt import onnx_folder
 from seqgpt.checks import InputError
 from seqgpt.commands import measures
 from seqgpt.config import read_config
