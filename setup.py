@@ -20,6 +20,7 @@ setup(
     keywords=cfg["keywords"].split(), classifiers=lines("classifiers"), python_requires=f">={cfg['min_python']}",
     packages=["seqgpt"], package_data={"seqgpt": ["*.yaml", "exported/*"]}, include_package_data=False,
     install_requires=lines("requirements"),
-    extras_require=extras | {"dev": sum(extras.values(), []) + lines("dev_requirements"), "harness": lines("harness_requirements")},
+    extras_require=extras | {"dev": sum(extras.values(), []) + lines("dev_requirements"),
+                             "harness": lines("harness_requirements")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["seqgpt=seqgpt._modidx:d"]},
 )
