@@ -149,8 +149,8 @@ def write_samples(
         plt.close()
     write_lines(out/"samples.jsonl", (other | vars(s) for other, s in zip(fields or [{}]*len(samples), samples)))
     if not shape: return f"{out}/samples.jsonl: {counted(len(samples), 'sample')}."
-    judge, images = DigitRecognizer(*shape), to_images([s.tokens for s in samples], vocab)
+    recognizer, images = DigitRecognizer(*shape), to_images([s.tokens for s in samples], vocab)
     asked = [s.tokens[0].removeprefix(LABEL) if s.tokens and s.tokens[0].startswith(LABEL) else None for s in samples]
-    right = f", and {np.mean([str(seen) == a for seen, a in zip(judge(images)[0], asked)]):.0%} as the digit that was asked for" if all(asked) else ""
-    return (f"{out}/samples.png: of {counted(len(samples), 'drawn digit')} {judge.recognised(images):.0%} are recognised "
-            f"by a classifier of real digits{right};\nit recognises {judge.recognised(judge.held_out):.0%} of held-out real ones and names {judge.accuracy:.1%} of those rightly.")
+    right = f", and {np.mean([str(seen) == a for seen, a in zip(recognizer(images)[0], asked)]):.0%} as the digit that was asked for" if all(asked) else ""
+    return (f"{out}/samples.png: of {counted(len(samples), 'drawn digit')} {recognizer.recognition_rate(images):.0%} are recognised "
+            f"by a classifier of real digits{right};\nit recognises {recognizer.recognition_rate(recognizer.held_out):.0%} of held-out real ones and names {recognizer.accuracy:.1%} of those rightly.")

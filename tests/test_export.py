@@ -56,7 +56,7 @@ def padding(length, gaps, left):
 def logits_in_two_parts(file, ids, mask, positions, past):
     "The logits of a model with a cache, for the first `past` tokens and then for the others."
     n = len(ids)
-    cache = {name: np.zeros((n, heads, 0, size), np.float32) for name, (heads, size) in file.kept.items()}
+    cache = {name: np.zeros((n, heads, 0, size), np.float32) for name, (heads, size) in file.cache_shapes.items()}
     found = []
     for first, last in ((0, past), (past, ids.shape[1])):
         inputs = {"input_ids": ids[:, first:last].numpy(), "attention_mask": mask[:, :last].numpy(),
@@ -151,11 +151,11 @@ def test_keys_and_values_stay_where_they_are(exported):
     decoder = file.decoder(file)
     ids = torch.full((3, 150), 5)
     decoder(ids[:, :10])
-    places = [k.data_ptr() for k in decoder.kept]
+    places = [k.data_ptr() for k in decoder.kv_cache]
     decoder(ids[:, :100])
-    assert places == [k.data_ptr() for k in decoder.kept] # until they are full
+    assert places == [k.data_ptr() for k in decoder.kv_cache] # until they are full
     decoder(ids)
-    assert places != [k.data_ptr() for k in decoder.kept]
+    assert places != [k.data_ptr() for k in decoder.kv_cache]
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_a_wrong_file_is_not_written(written, quick_export, monkeypatch):
     model = written/"lm"/BEST
     folder = model/"onnx"
     before = {p: p.read_bytes() for p in folder.iterdir()}
-    monkeypatch.setattr("seqgpt.onnx_folder.difference", lambda *args: 0.1)
+    monkeypatch.setattr("seqgpt.onnx_folder.max_abs_diff", lambda *args: 0.1)
     result = seqgpt("export", "--model_path", model, cwd=written/"lm")
     assert result.returncode == 1 and "gives other numbers than PyTorch" in result.stderr
     assert before == {p: p.read_bytes() for p in folder.iterdir()} and not [*model.glob(".*")]
