@@ -34,7 +34,8 @@ def corpus_markov(
     **settings, # See `make_markov`
 ):
     "Writes sequences of several classes, drawn from a Markov source whose best possible scores are known exactly."
-    from seqgpt.markov import limits, make_markov, write_markov
+    from seqgpt.limits import limits
+    from seqgpt.markov import make_markov, write_markov
     if draw_seed < 0: raise InputError(f"draw_seed is {draw_seed}. It must be 0 or more.")
     source = make_markov(**settings)
     sequences, labels = write_markov(out_dir, source, num_sequences, draw_seed)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'symbol_problem', 'unknown_symbol_hint', 'check_vocab', 'read_vocab', 'find_specials', 'added_token',
-           'any_of', 'unknown_to_unk', 'make_tokenizer', 'html_table', 'framing', 'save_tokenizer', 'load_tokenizer']
+           'any_of', 'unknown_to_unk', 'make_tokenizer', 'html_row', 'html_table', 'framing', 'save_tokenizer',
+           'check_same_ids', 'load_tokenizer']
 
 # %% ../nbs/00_tokenizer.ipynb #d289af04
 import json
@@ -31,7 +32,8 @@ def symbol_problem(
     if not symbol: return "is empty"
     characters = {*symbol}
     if any(c.isspace() for c in characters): return "contains white space, which separates symbols"
-    if any(unicodedata.category(c) in ("Cc", "Cs") for c in characters): return "contains a control character or half a character"
+    categories = {unicodedata.category(c) for c in characters}
+    if categories & {"Cc", "Cs"}: return "contains a control character or half a character"
 
 # %% ../nbs/00_tokenizer.ipynb #f47e8027
 def unknown_symbol_hint(
@@ -42,7 +44,8 @@ def unknown_symbol_hint(
     if symbol is None or isinstance(symbol, float) and symbol != symbol: return "a missing value"
     if isinstance(symbol, Number): return 'a number: quote it, or use "input_ids"'
     if not isinstance(symbol, str): return f"a {type(symbol).__name__}, not text"
-    if problem := symbol_problem(symbol): return f"it {problem}"
+    problem = symbol_problem(symbol)
+    if problem: return f"it {problem}"
     for form in ("NFC", "NFD", "NFKC", "NFKD"):
         if unicodedata.normalize(form, symbol) in vocab:
             return f"the vocabulary has it in the Unicode form {form}; unicodedata.normalize({form!r}, text) gives that"
@@ -60,14 +63,17 @@ def check_vocab(
     if not pairs: raise InputError(f"{where}: no symbols in it. A vocabulary is an object {{symbol: id}}.")
     pairs = [(symbol, to_builtin(i)) for symbol, i in pairs] # ids of NumPy are numbers, too
     for symbol, i in pairs:
-        if problem := symbol_problem(symbol): raise InputError(f"{where}: symbol {symbol!r} (id {i!r}) {problem}. Rename it.")
+        problem = symbol_problem(symbol)
+        if problem: raise InputError(f"{where}: symbol {symbol!r} (id {i!r}) {problem}. Rename it.")
         if type(i) is not int: raise InputError(f"{where}: the id of {symbol!r} is {i!r}. Ids are whole numbers.")
     for column, what in enumerate(("symbol", "id")):
         value, n = Counter(p[column] for p in pairs).most_common(1)[0]
         if n > 1: raise InputError(f"{where}: {what} {value!r} appears {n} times. Give each symbol one id of its own.")
-    if wrong := set(range(len(pairs))) ^ {i for _, i in pairs}:
-        raise InputError(f"{where}: {len(pairs)} symbols need the ids 0 to {len(pairs)-1}, each once; "
-                         f"{min(wrong)} is {'missing' if 0 <= min(wrong) < len(pairs) else 'out of range'}.")
+    n = len(pairs)
+    wrong = set(range(n)) ^ {i for _, i in pairs}
+    if wrong:
+        problem = "missing" if 0 <= min(wrong) < n else "out of range"
+        raise InputError(f"{where}: {n} symbols need the ids 0 to {n - 1}, each once; {min(wrong)} is {problem}.")
     return dict(sorted(pairs, key=lambda p: p[1]))
 
 # %% ../nbs/00_tokenizer.ipynb #63ca8199
@@ -88,10 +94,13 @@ def find_specials(
     **named: str | None, # Symbols named by the user: `pad_token`, `bos_token`, `eos_token`, `unk_token`
 ) -> dict[str, str]: # The symbol for each of the four
     "The four special tokens of `vocab`; raises `InputError` where one is missing, ambiguous or shared."
-    found, lacking, problems = {}, [], []
+    found = {}
+    lacking = []
+    problems = []
     for role, names in SPECIALS.items():
         spellings = re.compile(r"(<\|?|\[|__)(%s)(\|?>|\]|__)" % "|".join(names), re.I)
-        bare, asked = names[0].upper(), named.get(role)
+        bare = names[0].upper()
+        asked = named.get(role)
         hits = [asked] if asked else [s for s in vocab if spellings.fullmatch(s)]
         hits = hits or [s for s in (bare, f"{bare}_None") if s in vocab]
         if not hits: lacking.append(role)
@@ -131,7 +140,8 @@ def any_of(
     else:
         middle = rest[len(rest) // 2][0]
         at = bisect_left(rest, middle) or bisect_left(rest, chr(ord(middle) + 1))
-        below, above = (any_of(half, few, depth + 1) for half in (rest[:at], rest[at:]))
+        below = any_of(rest[:at], few, depth + 1)
+        above = any_of(rest[at:], few, depth + 1)
         body = f"(?=[{re.escape(rest[at][0])}-\U0010ffff]){above}|{below}"
     return f"{re.escape(start)}(?:{body})"
 
@@ -148,7 +158,7 @@ def unknown_to_unk(
 def make_tokenizer(
     vocab: dict[str, int] | str | Path, # Symbol to id, or the path of a `vocab.json`
     where: str = "vocabulary", # What to call a dictionary in messages
-    **named: str | None, # The special tokens, where their names are unusual: `pad_token`, `bos_token`, `eos_token`, `unk_token`
+    **named: str | None, # Special tokens with unusual names: `pad_token`, `bos_token`, `eos_token`, `unk_token`
 ) -> PreTrainedTokenizerFast:
     "A tokenizer for the closed vocabulary `vocab`; raises `InputError` where it is broken."
     if not isinstance(vocab, dict): where = str(vocab)
@@ -162,14 +172,21 @@ def make_tokenizer(
     return tokenizer
 
 # %% ../nbs/00_tokenizer.ipynb #f79575ad
+def html_row(
+    cells: list, # Of more than 17 those in the middle are left out
+    tag: str, # "th" for a head, "td" otherwise
+) -> str:
+    "A row of a table."
+    short = cells if len(cells) <= 17 else [*cells[:13], "…", *cells[-3:]]
+    return "<tr>" + "".join(f"<{tag}>{escape(str(c))}</{tag}>" for c in short) + "</tr>"
+
 def html_table(
     rows: list[list], # Of cells; the first row is the head
     bold: int | None = None, # Number of a row to be set in bold type
-) -> str: # A `<table>`; of more than 17 columns those in the middle are left out
+) -> str: # A `<table>`
     "Rows of cells as HTML."
-    short = lambda cells: cells if len(cells) <= 17 else [*cells[:13], "…", *cells[-3:]]
-    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(str(c))}</{tag}>" for c in short(cells)) + "</tr>"
-    return f'<table class="dataframe">{"".join(row(cells, "th" if k in (0, bold) else "td") for k, cells in enumerate(rows))}</table>'
+    lines = [html_row(cells, "th" if k in (0, bold) else "td") for k, cells in enumerate(rows)]
+    return f'<table class="dataframe">{"".join(lines)}</table>'
 
 # %% ../nbs/00_tokenizer.ipynb #400c90e4
 @patch
@@ -177,36 +194,46 @@ def _repr_html_(self: PreTrainedTokenizerFast) -> str:
     "The number of symbols, the special tokens and the first of the others, for Jupyter."
     special = {role.removesuffix("_token"): s for role, s in self.special_tokens_map.items() if isinstance(s, str)}
     special = dict(sorted(special.items(), key=lambda p: self.convert_tokens_to_ids(p[1])))
-    others = [s for s in self.convert_ids_to_tokens(range(min(len(self), 16))) if s is not None and s not in special.values()][:8]
+    first = self.convert_ids_to_tokens(range(min(len(self), 16)))
+    others = [s for s in first if s is not None and s not in special.values()][:8]
     symbols = [*special.values(), *others]
     more = ["…"] * (len({*symbols}) < len(self))
-    table = html_table([["", *special, *[""]*len(others + more)], ["symbol", *symbols, *more], ["id", *self.convert_tokens_to_ids(symbols), *more]])
+    head = ["", *special, *[""]*len(others + more)]
+    ids = self.convert_tokens_to_ids(symbols)
+    table = html_table([head, ["symbol", *symbols, *more], ["id", *ids, *more]])
     return f"<p>A tokenizer with {len(self):,} symbols</p>{table}"
 
 # %% ../nbs/00_tokenizer.ipynb #f9ea4f2b
 @patch
-def _repr_html_(self: BatchEncoding) -> str | None: # None, and so the plain text, where the symbols are not known or the ids are no lists
+def _repr_html_(self: BatchEncoding) -> str | None: # None, and so the plain text, where it cannot be shown
     "The symbols of each sequence over its ids, for Jupyter; of more than 8 sequences the first."
-    ids, encodings = self.data.get("input_ids"), self.encodings or []
+    ids = self.data.get("input_ids")
+    encodings = self.encodings or []
     if not encodings or not isinstance(ids, list): return None
     batched = len(ids) > 0 and isinstance(ids[0], list)
     tables = []
-    for k, e in enumerate(encodings[:8]):
-        rows = {name: values[k] if batched else values for name, values in self.data.items()}
-        tables.append(html_table([["symbol", *(t.strip() or t for t in e.tokens)], *([name, *r] for name, r in rows.items() if isinstance(r, list) and len(r) == len(e))]))
-    return "".join(tables) + (f"<p>… {len(encodings) - 8:,} more</p>" if len(encodings) > 8 else "")
+    for k, encoding in enumerate(encodings[:8]):
+        found = {name: values[k] if batched else values for name, values in self.data.items()}
+        rows = [[name, *r] for name, r in found.items() if isinstance(r, list) and len(r) == len(encoding)]
+        symbols = [t.strip() or t for t in encoding.tokens]
+        tables.append(html_table([["symbol", *symbols], *rows]))
+    if len(encodings) > 8: tables.append(f"<p>… {len(encodings) - 8:,} more</p>")
+    return "".join(tables)
 
 # %% ../nbs/00_tokenizer.ipynb #d6d49e14
 def framing(
     tokenizer: PreTrainedTokenizerFast, # From `make_tokenizer` or `load_tokenizer`; changed in place
 ) -> PreTrainedTokenizerFast: # The same
     "Has `tokenizer` put `<bos>` and `<eos>` round every text, unless they are there."
-    bos, eos, backend = tokenizer.bos_token, tokenizer.eos_token, tokenizer.backend_tokenizer
     if tokenizer("")["input_ids"]: return tokenizer # it does so already
-    first, last = rf"\A\s*{re.escape(bos)}\s+(?=\S)", rf"(?<=\S)\s+{re.escape(eos)}\s*\z"
-    strip = [normalizers.Replace(Regex(pattern), "") for pattern in (first, last)]
-    backend.normalizer = normalizers.Sequence([backend.normalizer, *strip])
-    backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)])
+    bos = tokenizer.bos_token
+    eos = tokenizer.eos_token
+    backend = tokenizer.backend_tokenizer
+    first = normalizers.Replace(Regex(rf"\A\s*{re.escape(bos)}\s+(?=\S)"), "")
+    last = normalizers.Replace(Regex(rf"(?<=\S)\s+{re.escape(eos)}\s*\z"), "")
+    backend.normalizer = normalizers.Sequence([backend.normalizer, first, last])
+    ids = [(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)]
+    backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=ids)
     return tokenizer
 
 # %% ../nbs/00_tokenizer.ipynb #294194f0
@@ -217,29 +244,47 @@ def save_tokenizer(
     "Writes `tokenizer` so that Transformers 4 and 5 open it, through `AutoTokenizer` and `GPT2Tokenizer`."
     folder = user_path(folder)
     tokenizer.save_pretrained(folder)
-    write = lambda name, content: (folder/name).write_text(json.dumps(content, indent=1, ensure_ascii=False)+"\n", encoding="utf-8")
     config = json.loads((folder/"tokenizer_config.json").read_text(encoding="utf-8"))
-    write("tokenizer_config.json", {**config, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]})
-    write("special_tokens_map.json", {role: getattr(tokenizer, role) for role in SPECIALS})
-    write("vocab.json", dict(sorted(tokenizer.get_vocab().items(), key=lambda p: p[1])))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    files = {"tokenizer_config.json": config,
+             "special_tokens_map.json": {role: getattr(tokenizer, role) for role in SPECIALS},
+             "vocab.json": dict(sorted(tokenizer.get_vocab().items(), key=lambda p: p[1]))}
+    for name, content in files.items():
+        (folder/name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder/"merges.txt").write_text("#version: 0.2\n")
 
 # %% ../nbs/00_tokenizer.ipynb #ac59eba8
+def check_same_ids(
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path, # With the `config.json` of a model
+):
+    "Raises `InputError` where model and tokenizer speak of different ids."
+    model = read_json(folder/"config.json", MODEL_REMEDY)
+    for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+        value = len(tokenizer) if name == "vocab_size" else getattr(tokenizer, name)
+        if model.get(name) != value:
+            raise InputError(f"{folder}: {name} is {model.get(name)!r} in config.json, but {value} by tokenizer.json. "
+                             f"They come from different models. {MODEL_REMEDY}")
+
 def load_tokenizer(
     folder: str | Path, # A folder with a `tokenizer.json`
 ) -> PreTrainedTokenizerFast:
     "The tokenizer saved in `folder`; raises `InputError` where there is none."
-    folder, remedy = user_path(folder), MODEL_REMEDY
-    found, settings = (read_json(folder/name, remedy) for name in ("tokenizer.json", "tokenizer_config.json"))
-    vocab, named = found.get("model"), {role: settings.get(role) for role in SPECIALS}
-    vocab = vocab.get("vocab") if isinstance(vocab, dict) and vocab.get("type") == "WordLevel" else None
-    if not isinstance(vocab, dict): raise InputError(f"{folder}/tokenizer.json: not a tokenizer of seqgpt, which looks up whole symbols (WordLevel). {remedy}")
-    if lacking := [role for role, symbol in named.items() if not isinstance(symbol, str)]: raise InputError(f"{folder}/tokenizer_config.json: no {', '.join(lacking)} in it. {remedy}")
+    folder = user_path(folder)
+    found = read_json(folder/"tokenizer.json", MODEL_REMEDY)
+    settings = read_json(folder/"tokenizer_config.json", MODEL_REMEDY)
+    model = found.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) and model.get("type") == "WordLevel" else None
+    if not isinstance(vocab, dict):
+        raise InputError(f"{folder}/tokenizer.json: not a tokenizer of seqgpt, which looks up whole symbols "
+                         f"(WordLevel). {MODEL_REMEDY}")
+    named = {role: settings.get(role) for role in SPECIALS}
+    lacking = [role for role, symbol in named.items() if not isinstance(symbol, str)]
+    if lacking: raise InputError(f"{folder}/tokenizer_config.json: no {', '.join(lacking)} in it. {MODEL_REMEDY}")
     tokenizer = make_tokenizer(vocab, f"{folder}/tokenizer.json", **named)
-    if isinstance(frame := found.get("post_processor"), dict) and frame.get("special_tokens"): framing(tokenizer)
-    if type(most := settings.get("model_max_length")) is int: tokenizer.model_max_length = most
-    if (folder/"config.json").exists():
-        model = read_json(folder/"config.json", remedy)
-        for name, value in {"vocab_size": len(tokenizer), **{f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos", "pad")}}.items():
-            if model.get(name) != value: raise InputError(f"{folder}: {name} is {model.get(name)!r} in config.json, but {value} by tokenizer.json. They come from different models. {remedy}")
+    frame = found.get("post_processor")
+    if isinstance(frame, dict) and frame.get("special_tokens"): framing(tokenizer)
+    max_length = settings.get("model_max_length")
+    if type(max_length) is int: tokenizer.model_max_length = max_length
+    if (folder/"config.json").exists(): check_same_ids(tokenizer, folder)
     return tokenizer

@@ -57,7 +57,7 @@ def padding(length, gaps, left):
 def logits_in_two_parts(file, ids, mask, positions, past):
     "The logits of a model with a cache, for the first `past` tokens and then for the others."
     n = len(ids)
-    cache = {name: np.zeros((n, heads, 0, size), np.float32) for name, (heads, size) in file.kept.items()}
+    cache = {name: np.zeros((n, heads, 0, size), np.float32) for name, (heads, size) in file.cache_shapes.items()}
     found = []
     for first, last in ((0, past), (past, ids.shape[1])):
         inputs = {"input_ids": ids[:, first:last].numpy(), "attention_mask": mask[:, :last].numpy(),
@@ -277,7 +277,7 @@ def test_a_wrong_file_is_not_written(written, quick_export, monkeypatch):
     model = written/"lm"/BEST
     folder = model/"onnx"
     before = {p: p.read_bytes() for p in folder.iterdir()}
-    monkeypatch.setattr("seqgpt.onnx_folder.difference", lambda *args: 0.1)
+    monkeypatch.setattr("seqgpt.onnx_folder.max_abs_diff", lambda *args: 0.1)
     result = seqgpt("export", "--model_path", model, cwd=written/"lm")
     assert result.returncode == 1 and "gives other numbers than PyTorch" in result.stderr
     assert before == {p: p.read_bytes() for p in folder.iterdir()} and not [*model.glob(".*")]
