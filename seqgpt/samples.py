@@ -221,8 +221,8 @@ def describe_digits(
     if all(labels):
         share = np.mean([str(digit) == label for digit, label in zip(recognizer(images)[0], labels)])
         as_labelled = f", and {share:.0%} as the digit that was asked for"
-    real = recognizer.recognised(recognizer.held_out)
-    return (f"of {counted(len(samples), 'drawn digit')} {recognizer.recognised(images):.0%} are recognised "
+    real = recognizer.recognition_rate(recognizer.held_out)
+    return (f"of {counted(len(samples), 'drawn digit')} {recognizer.recognition_rate(images):.0%} are recognised "
             f"by a classifier of real digits{as_labelled};\nit recognises {real:.0%} of held-out real ones "
             f"and names {recognizer.accuracy:.1%} of those rightly.")
 
