@@ -37,11 +37,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seqgpt import classification, cli, config, training  # noqa: F401 so that memory is that of the input
-from seqgpt.arguments import on_lines, settings_file
+from seqgpt.arguments import printable, settings_file
 from seqgpt.checks import InputError
-from seqgpt.commands import evaluate as evaluate_command
+from seqgpt.commands import evaluate_command
 from seqgpt.config import Config
-from seqgpt.console import infer
+from seqgpt.console import infer_command
 from seqgpt.records import BadLine, symbol_ids
 from seqgpt.tokenizer import unknown_symbol_hint
 
@@ -86,7 +86,7 @@ def answer(ask, cwd, **given):
     "What `ask` says in one to three lines if it refuses its input; None if it does its work."
     with contextlib.chdir(cwd), redirect(io.StringIO()), within_reason():
         try: ask(**given)
-        except InputError as e: said = on_lines(cli.explain(e))
+        except InputError as e: said = printable(cli.explain(e))
         else: return
     plain(said)
     assert 1 <= len(said.splitlines()) <= 3
@@ -774,7 +774,7 @@ def shown(content): return content[:40].encode("unicode_escape").decode()
 @pytest.mark.parametrize("content", [*TYPES, *SETTINGS], ids=shown)
 def test_bad_settings(content, corpus):
     (corpus/"mine.yaml").write_text(content)
-    def ask(): train(**config.read_settings(settings_file("mine.yaml", "train")))
+    def ask(): train(**config.read_settings(settings_file("mine.yaml", presets=True)))
     refuses(ask, corpus, SETTINGS.get(content, [content.partition(":")[0]]))
 
 
@@ -842,8 +842,8 @@ def copied(runs, tmp_path):
 MODEL = "outputs/best_model"
 INFER = ["infer", "--mode", "generate", "--max_new_tokens", 2, "--seed", 0, "--model_path", MODEL]
 EVALUATE = ["evaluate", "--num_samples", 0, "--model_path"]
-def generate(**given): return infer(MODEL, "generate", max_new_tokens=2, seed=0, **given)
-def classify(): return infer("c/best_model", "classify", "C4 D4")
+def generate(**given): return infer_command(model_path=MODEL, mode="generate", max_new_tokens=2, seed=0, **given)
+def classify(): return infer_command(model_path="c/best_model", mode="classify", prompt="C4 D4")
 def evaluate(out="outputs"): return evaluate_command(f"{out}/best_model", num_samples=0)
 def go_on(**given):
     "Trains on from the language model."

@@ -475,14 +475,14 @@ def test_names_of_other_tools_get_a_hint(name, ours, corpus):
 
 
 def test_hints_name_settings_that_are_there(corpus):
-    from seqgpt.arguments import USUAL, nearest
+    from seqgpt.arguments import OTHER_NAMES, nearest
     from seqgpt.cli import VERBS
     flags = {}
     for verb in VERBS:
         help = seqgpt(*verb.split(), "--help", cwd=corpus).stdout
         flags[verb] = [*dict.fromkeys(re.findall(r"^  --(\w+)", help, re.M))]
     known = {name for names in flags.values() for name in names}
-    for ours, theirs in USUAL.items():
+    for ours, theirs in OTHER_NAMES.items():
         assert re.split("[ .]", ours)[0] in known, ours
         for name in theirs.split():
             others = [[flag for flag in names if flag != name] for names in flags.values()]
@@ -768,38 +768,34 @@ def reached(found, start, passed):
     return seen
 
 
-def flags_of_verbs(cli, starts):
+def flags_of_verbs():
     "The flags that each verb takes."
-    from seqgpt.config import Config
-    from seqgpt.markov import make_markov
-    more = {"train": [Config], "corpus markov": [make_markov]}
+    from seqgpt.cli import VERBS, load
     flags = {}
-    for verb, name in starts.items():
-        takers = [getattr(cli, name), *more.get(verb, [])]
+    for verb, entry in VERBS.items():
+        takers = [load(target) for target in entry.flags or [entry.function]]
         flags[verb] = {"config"}.union(*(inspect.signature(taker).parameters for taker in takers))
     return flags
 
 
 def test_every_flag_that_a_message_names_is_one_of_the_verb_that_says_it():
     "Or the message names the verb that has it, as in `seqgpt train --learning_rate`."
-    from seqgpt.cli import LESS, VERBS
-    cli = importlib.import_module("seqgpt.cli")
+    from seqgpt.cli import MEMORY_REMEDIES, VERBS
     found = definitions()
-    starts = {verb: verb.replace(" ", "_") for verb in VERBS}
-    starts["train"] = "train_command"
-    flags = flags_of_verbs(cli, starts)
+    starts = {verb: tuple(entry.function.removeprefix("seqgpt.").split(":")) for verb, entry in VERBS.items()}
+    flags = flags_of_verbs()
     others = {"logdir", "nnodes", "nproc_per_node", "fsdp_version"} # of TensorBoard, torchrun and Accelerate
     # `training_split` says what `seqgpt train` would say
-    quoted = {("training", "load_data"), ("training", "check_config")}
+    quoted = {("resolving", "load_data"), ("config", "check_config")}
     with_path = {"train", "corpus labelled"} # they read a vocabulary from a file that the user names
     wrong = []
     walked = set()
-    for verb, name in starts.items():
+    for verb, start in starts.items():
         passed = set() if verb == "train" else quoted
         if verb not in with_path: passed = passed | {("tokenizer", "read_vocab")}
-        for place in reached(found, [("cli", name), ("cli", "explain")], passed):
+        for place in reached(found, [start, ("cli", "explain")], passed):
             texts = found[place][1]
-            if place == ("cli", "explain"): texts = texts + [LESS.get(verb, "")]
+            if place == ("cli", "explain"): texts = texts + [MEMORY_REMEDIES.get(verb, "")]
             for text in texts:
                 named = re.findall(r"seqgpt ((?:corpus )?[a-z]+)", text)
                 fine = flags[verb].union(others, *(flags.get(other, ()) for other in named))
