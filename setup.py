@@ -9,7 +9,7 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-lines = lambda key: cfg[key].strip().splitlines()
+def lines(key): return cfg[key].strip().splitlines()
 extras = {name: lines(f"{name}_requirements") for name in ("onnx", "serve", "lora", "docs")}
 extras["docs"] += extras["onnx"] + extras["serve"] # the pages of the library are made from its modules
 
