@@ -263,7 +263,6 @@ def open_models(
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
-
     from seqgpt.onnx_models import open_model
     with ThreadPoolExecutor(1) as loader: # PyTorch's threads for this end with it, and make way for those that compute
         models = {task: loader.submit(open_model, path, task, runtime).result() for task, path in paths.items()}

@@ -770,10 +770,10 @@ def reached(found, start, passed):
 
 def flags_of_verbs():
     "The flags that each verb takes."
-    from seqgpt.cli import VERBS, load
+    from seqgpt.cli import VERBS, load_object
     flags = {}
     for verb, entry in VERBS.items():
-        takers = [load(target) for target in entry.flags or [entry.function]]
+        takers = [load_object(target) for target in entry.flags or [entry.function]]
         flags[verb] = {"config"}.union(*(inspect.signature(taker).parameters for taker in takers))
     return flags
 
