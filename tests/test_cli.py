@@ -1,7 +1,6 @@
 "The installed command, as a user types it."
 import ast
 import contextlib
-import importlib
 import inspect
 import io
 import json
@@ -91,7 +90,7 @@ def test_plain_transformers_opens_the_folder(trained):
     same = GPT2LMHeadModel.from_pretrained(folder)
     with torch.no_grad(): assert torch.equal(model(ids).logits, same(ids).logits)
     assert model.config.use_cache and model.generation_config.eos_token_id == VOCAB["<eos>"]
-    assert auto.decode(generate(ids, max_new_tokens=3, do_sample=False)[0]).startswith(text)
+    assert auto.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0]).startswith(text)
 
 
 def test_printed_metrics_are_those_of_transformers(trained):
@@ -246,7 +245,6 @@ def test_num_prompts_takes_validation_sequences(trained, tmp_path):
 
 
 def test_without_a_seed_samples_differ(trained):
-    from seqgpt.inference import generate
     from seqgpt.loading import load_model
     from seqgpt.tokenizer import load_tokenizer
     model = load_model(trained/BEST)
@@ -358,13 +356,12 @@ def test_finished_runs_are_left_alone(finished):
 
 
 def test_no_other_run_begins_before_the_evaluation_has_ended(corpus, monkeypatch):
-    cli = importlib.import_module("seqgpt.cli")
-    show = cli.show_run
+    from seqgpt.commands import show_run
     seen = []
-    def other(config, run):
+    def other(run):
         refused(seqgpt(*RUN, "--max_steps", 2, "--overwrite", cwd=corpus), "another run is writing there")
-        seen.append(show(config, run))
-    monkeypatch.setattr(cli, "show_run", other)
+        seen.append(show_run(run))
+    monkeypatch.setattr("seqgpt.commands.show_run", other)
     assert seqgpt(*RUN, "--max_steps", 2, cwd=corpus, drawn=False).returncode == 0
     assert seen == [None] and (corpus/"outputs/samples.jsonl").exists()
 
@@ -427,7 +424,7 @@ model:
     (["--n_head", "5"], ["not divisible"]),
     (["--model.resid_drop", "1"], ["Did you mean 'resid_pdrop'"]),
     (["--model.resid_pdrop", "high"], ["resid_pdrop"]),
-    (["--long", "cut"], ["truncate, split or error"]),
+    (["--long", "cut"], ["truncate, split, error"]),
     (["--max_length", "1"], ["max_length"]),
     (["--data_path", "none.jsonl"], ["none.jsonl", "no such file or folder"]),
     (["--vocab_path", "none.json"], ["none.json", "--vocab_path"]),
@@ -641,6 +638,7 @@ def test_a_path_means_one_place(melodies, tmp_path, monkeypatch):
 
 def test_functions_expand_paths_too(trained, tmp_path, monkeypatch):
     import seqgpt.corpora as corpora
+    import seqgpt.sources as sources
     import seqgpt.tokenizer as tokenizer
     home = shutil.copytree(trained, tmp_path/"home")
     monkeypatch.setenv("HOME", str(home))
@@ -652,7 +650,7 @@ def test_functions_expand_paths_too(trained, tmp_path, monkeypatch):
     assert len(tokenizer.make_tokenizer("~/vocab.json")) == len(tokenizer.read_vocab("~/vocab.json")) == len(t)
     assert task_of(best) == "clm" and load_source("~/data.jsonl") is None
     corpus = read_corpus("~/data.jsonl", t, cache_dir="~/c")
-    assert len(corpus.dataset) == len([*read_lines("~/data.jsonl")]) == 200
+    assert len(corpus.dataset) == len([*sources.read_lines("~/data.jsonl")]) == 200
     assert find_vocab("~/data.jsonl").exists() and corpus_files("~/data.jsonl")[0].exists()
     config = read_config("~/outputs/config.yaml")
     assert len(evaluation_data(best, t, 16, "~/data.jsonl", cache_dir="~/c")[0]) == 200
@@ -743,17 +741,36 @@ def texts_in(nodes):
 def definitions():
     "For each function and class of the package: those that it names, and its texts that name a flag."
     found = {}
+    methods = []
     for path in (ROOT/"seqgpt").glob("*.py"):
+        if path.stem == "_modidx": continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        defined = [node for node in tree.body if isinstance(node, DEFINITION)]
-        known = {node.name: (path.stem, node.name) for node in defined} | imported(tree.body)
-        for definition in defined:
+        defined = {name: node for node in tree.body for name in names_of(node)}
+        known = {name: (path.stem, name) for name in defined} | imported(tree.body)
+        for name, definition in defined.items():
             nodes = [*ast.walk(definition)]
             names = known | imported(nodes)
             named = {names[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in names}
             texts = [text for text in texts_in(nodes) if re.search(r"--[a-z]", text)]
-            found[path.stem, definition.name] = named, texts
+            found[path.stem, name] = named, texts
+            if is_patched(definition): methods.append((names[definition.args.args[0].annotation.id], (path.stem, name)))
+    for owner, method in methods:
+        if owner in found: found[owner][0].add(method) # who has a class may call what is patched into it
     return found
+
+
+def names_of(node):
+    "What a statement of a module defines: a function, a class or constants."
+    if isinstance(node, DEFINITION): return [node.name]
+    if isinstance(node, ast.Assign): return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return []
+
+
+def is_patched(node):
+    "Whether this is a method that `@patch` puts into a class."
+    if not isinstance(node, ast.FunctionDef) or not node.args.args: return False
+    by = [decorator.id for decorator in node.decorator_list if isinstance(decorator, ast.Name)]
+    return by == ["patch"] and isinstance(node.args.args[0].annotation, ast.Name)
 
 
 def reached(found, start, passed):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import seqgpt.training as T
 from seqgpt.checks import InputError
@@ -131,7 +131,7 @@ def test_one_process_shows_progress(monkeypatch):
 def test_there_is_one_kind_of_progress_bar():
     modules = Path(T.__file__).parent.glob("*.py")
     found = [p.name for p in modules if re.search(r"^\s*(from|import) tqdm", p.read_text(), re.M)]
-    assert found == ["data.py"]
+    assert found == ["progress.py"]
 
 
 # --- what is kept of a run, and when it ends
@@ -157,15 +157,15 @@ def test_every_validation_has_the_loss_of_the_steps_before_it(config):
 ])
 def test_a_classifier_stops_where_it_cannot_get_better(validations, stops):
     logs = [{"eval_loss": loss, "eval_accuracy": right, "eval_macro_f1": right} for loss, right in validations]
-    state = TrainerState(log_history=[{"loss": 1.0, "step": 1}, *logs])
+    history = [{"loss": 1.0, "step": 1}, *logs]
     preset = read_config(Path(T.__file__).with_name("classify.yaml"))
-    assert preset.early_stopping_patience == 3 and out_of_patience(preset, state) == stops
-    assert not out_of_patience(replace(preset, early_stopping_patience=0), state)
+    assert preset.early_stopping_patience == 3 and out_of_patience(history, preset.early_stopping_patience) == stops
+    assert not out_of_patience(history, 0)
 
 
 def test_a_language_model_stops_by_its_loss_alone():
-    state = TrainerState(log_history=[{"eval_loss": loss, "eval_accuracy": 1.0} for loss in (3, 2, 1)])
-    assert not out_of_patience(Config(early_stopping_patience=3), state)
+    history = [{"eval_loss": loss, "eval_accuracy": 1.0} for loss in (3, 2, 1)]
+    assert not out_of_patience(history, 3)
 
 
 def test_a_model_to_be_shared_does_not_say_where_its_data_was(config, run, tmp_path):
