@@ -483,7 +483,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'seqgpt.onnx_folder.Exported.cells': ( 'library/onnx_folder.html#exported.cells',
                                                                            'seqgpt/onnx_folder.py'),
                                     'seqgpt.onnx_folder.as_cell': ('library/onnx_folder.html#as_cell', 'seqgpt/onnx_folder.py'),
-                                    'seqgpt.onnx_folder.base64_text': ('library/onnx_folder.html#base64_text', 'seqgpt/onnx_folder.py'),
                                     'seqgpt.onnx_folder.compare': ('library/onnx_folder.html#compare', 'seqgpt/onnx_folder.py'),
                                     'seqgpt.onnx_folder.draw_tokens': ('library/onnx_folder.html#draw_tokens', 'seqgpt/onnx_folder.py'),
                                     'seqgpt.onnx_folder.export_card': ('library/onnx_folder.html#export_card', 'seqgpt/onnx_folder.py'),

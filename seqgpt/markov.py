@@ -139,9 +139,11 @@ def scores(self: MarkovSource,
     guess = options.round(12).argmax(1) # ties go to the first, whatever the last digits say
     return np.append(np.log(len(self.symbols)), nats), np.append(tokens[0] == self.symbols[0], guess == chosen)
 
-# %% ../nbs/library/markov.ipynb #c738a10b
-def check_sizes(order, branching, concentration, difference, symbols, classes, min_length, max_length, seed):
-    "Raises `InputError` for sizes that no source can have; see `make_markov`."
+# %% ../nbs/library/markov.ipynb #2569cdb1
+def check_sizes(
+    order, branching, concentration, difference, symbols, classes, min_length, max_length, seed, # See `make_markov`
+):
+    "Raises `InputError` for sizes that no source can have."
     rules = (
         ("order", order, order in (1, 2), "be 1 or 2"),
         ("symbols", symbols, 2 <= symbols <= 20_000, "lie between 2 and 20,000"),
@@ -160,6 +162,7 @@ def check_sizes(order, branching, concentration, difference, symbols, classes, m
         raise InputError(f"The tables would have {numbers:,} numbers, more than 2**28. "
                          f"Lower branching ({branching}), symbols ({symbols}) or classes ({classes}).")
 
+# %% ../nbs/library/markov.ipynb #c738a10b
 def make_markov(
     order: int = 1, # Symbols that the next one depends on: 1 or 2
     branching: int = 4, # Symbols that can follow each one
