@@ -753,7 +753,8 @@ def definitions():
             named = {names[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in names}
             texts = [text for text in texts_in(nodes) if re.search(r"--[a-z]", text)]
             found[path.stem, name] = named, texts
-            if is_patched(definition): methods.append((names[definition.args.args[0].annotation.id], (path.stem, name)))
+            if is_patched(definition):
+                methods.append((names.get(definition.args.args[0].annotation.id), (path.stem, name)))
     for owner, method in methods:
         if owner in found: found[owner][0].add(method) # who has a class may call what is patched into it
     return found
