@@ -93,8 +93,8 @@ class SequenceTrainer(Trainer):
         "Batches of a stream, which is told its share."
         args = self.args
         stream = self.train_dataset
-        stream.process = args.process_index
-        stream.processes = args.world_size
+        stream.rank = args.process_index
+        stream.world_size = args.world_size
         stream.batch_size = args.train_batch_size*args.gradient_accumulation_steps
         self.sampler = None
         return DataLoader(stream, args.train_batch_size, collate_fn=self.data_collator,

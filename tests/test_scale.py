@@ -103,11 +103,14 @@ sys.exit(int(os.environ["ALONE"]))
 """
 # srun starts its command twice, and passes a SIGTERM on
 SRUN = r"""
-trap "kill -TERM \$a \$b" TERM
+trap told=yes TERM # passed on below, when both numbers are known
 "$@" & a=$!
 "$@" & b=$!
 for p in $a $b; do
-    while kill -0 $p 2> /dev/null; do sleep 0.05 & wait $!; done
+    while kill -0 $p 2> /dev/null; do
+        if [ "${told-}" ]; then kill -TERM $a $b; told=; fi
+        sleep 0.05 & wait $!
+    done
     wait $p || code=$?
 done
 exit ${code:-0}

@@ -11,6 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 
 STOP = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests run in the background
 class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2: os.kill(os.getpid(), signal.SIGNAL)

@@ -26,6 +26,7 @@ from seqgpt.reports import training_split
 from seqgpt.resolving import load_data, load_vocab, start_from
 from seqgpt.runs import alone_in
 from seqgpt.saving import model_stays, save_model
+from seqgpt.streaming import stream_corpus
 from seqgpt.tokenizer import load_tokenizer, make_tokenizer
 from seqgpt.trainer import SequenceTrainer
 
@@ -113,6 +114,18 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(config, out, 
         assert "\r" not in said, said
         assert re.search(r"^Step 4/4 \(100 %\), .*it/s, \d\d:\d\d left, loss=\d\.\d+$", said, re.M), said
         assert "\nValidating 0/4 (0 %)" in said
+
+
+def test_a_stream_is_told_its_share(config, monkeypatch):
+    "Several processes do not read the same."
+    tokenizer = load_vocab(config)
+    stream = stream_corpus(config.data_path, tokenizer, fraction=0)[0].dataset
+    for name, value in {"process_index": 1, "world_size": 3}.items():
+        monkeypatch.setattr(TrainingArguments, name, property(lambda self, value=value: value))
+    arguments = TrainingArguments(f"{config.output_dir}_share", use_cpu=True, report_to=[])
+    model = new_model(make_config(tokenizer, 64, 1, 2, 16), seed=0)
+    SequenceTrainer(model, arguments, train_dataset=stream).get_train_dataloader()
+    assert (stream.rank, stream.world_size, stream.batch_size) == (1, 3, 8)
 
 
 def test_lines_come_every_half_minute(monkeypatch):
