@@ -18,9 +18,8 @@ from pathlib import Path
 import yaml
 
 import seqgpt
-from seqgpt.checks import (
-    DataPath, InputError, ModelPath, OutputPath, VocabPath, path_checks, read_text, to_builtin, user_path
-)
+from .checks import DataPath, InputError, ModelPath, OutputPath, VocabPath, path_checks, read_text
+from .checks import to_builtin, user_path
 from .files import atomic_write
 
 # %% ../nbs/library/config.ipynb #c4377b21

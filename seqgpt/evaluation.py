@@ -21,10 +21,8 @@ from .data import class_names, collate
 from .markov import MarkovSource, possible_pairs
 from .progress import tqdm
 from .samples import SampleReport, evaluate_samples
-from seqgpt.scores import (
-    BINS, Scores, accuracy_of, calibration_error, confidence_bins, interval, perplexity_of, rates,
-    token_scores,
-)
+from .scores import BINS, Scores, accuracy_of, calibration_error, confidence_bins, interval
+from .scores import perplexity_of, rates, token_scores
 from .tokenizer import html_table
 
 # %% ../nbs/06_evaluation.ipynb #e6423743

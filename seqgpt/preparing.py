@@ -21,9 +21,8 @@ from .checks import InputError, counted, read_json
 from .config import Config, check_config, read_config
 from .data import Split, class_names, collate
 from .devices import fsdp_enabled, pick_precision
-from seqgpt.metrics import (
-    ExactMetrics, balanced_weights, class_guesses, class_loss, class_metrics, token_metrics, token_sums
-)
+from .metrics import ExactMetrics, balanced_weights, class_guesses, class_loss, class_metrics
+from .metrics import token_metrics, token_sums
 from .model import make_config, new_model
 from .progress import tqdm
 from .resolving import StartingPoint, data_source, make_vocab, special_tokens, start_from

@@ -27,10 +27,8 @@ from .evaluation import Evaluation, evaluate
 from .files import atomic_write
 from .loading import load_folder
 from .markov import MarkovSource, load_source
-from seqgpt.panels import (
-    plot_accuracy, plot_calibration, plot_comparison, plot_confusion, plot_distances, plot_f1,
-    plot_labels, plot_positions, plot_sampled,
-)
+from .panels import plot_accuracy, plot_calibration, plot_comparison, plot_confusion, plot_distances
+from .panels import plot_f1, plot_labels, plot_positions, plot_sampled
 from .progress import tqdm
 from .resolving import load_data
 from .samples import plotted_rows

@@ -29,10 +29,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from seqgpt.api import (
-    APIError, ClassificationResponse, CompletionRequest, CompletionResponse, ErrorResponse, InputRequest, ModelCard,
-    ModelList, ScoreResponse, Vocabulary, error_body,
-)
+from .api import APIError, ClassificationResponse, CompletionRequest, CompletionResponse, ErrorResponse
+from .api import InputRequest, ModelCard, ModelList, ScoreResponse, Vocabulary, error_body
 from .responses import json_response, to_json
 from .service import Service
 

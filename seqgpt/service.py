@@ -29,9 +29,8 @@ from .engine import Engine, QueueFull
 from .inbox import Inbox, watch_client
 from .model import KINDS
 from .parsing import parse_inputs, parse_request
-from seqgpt.responses import (
-    ChoiceWriter, count_usage, envelope, json_response, stream_chunks, stream_response, to_completion,
-)
+from .responses import ChoiceWriter, count_usage, envelope, json_response, stream_chunks
+from .responses import stream_response, to_completion
 from .scores import token_scores
 from .sequences import ScoredToken, SequenceRequest
 

@@ -122,7 +122,7 @@ def test_a_stream_is_told_its_share(config, monkeypatch):
     stream = stream_corpus(config.data_path, tokenizer, fraction=0)[0].dataset
     for name, value in {"process_index": 1, "world_size": 3}.items():
         monkeypatch.setattr(TrainingArguments, name, property(lambda self, value=value: value))
-    arguments = TrainingArguments(f"{config.output_dir}_share", use_cpu=True, report_to=[])
+    arguments = TrainingArguments(f"{config.output_dir}_share", use_cpu=True, report_to=[], max_steps=1)
     model = new_model(make_config(tokenizer, 64, 1, 2, 16), seed=0)
     SequenceTrainer(model, arguments, train_dataset=stream).get_train_dataloader()
     assert (stream.rank, stream.world_size, stream.batch_size) == (1, 3, 8)
