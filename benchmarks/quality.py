@@ -51,7 +51,7 @@ class StopAt(TrainerCallback):
                       "tokens": state.num_input_tokens_seen, "perplexity": perplexity}
 
 
-def write_corpus(
+def write_source(
     corpus: str, # "digits" or "markov"
     folder: Path, # To write to
 ) -> str: # The command that writes the same
@@ -80,7 +80,7 @@ def bench_quality(
     "Trains each recipe until it is good enough, or has come to its end."
     rows, folder = [], Path(folder)
     for corpus, ways in recipes.items():
-        written = write_corpus(corpus, folder/corpus)
+        written = write_source(corpus, folder/corpus)
         common = {"data_path": str(folder/corpus), "validation_fraction": 0.2 if corpus == "digits" else 0.05}
         for name, flags in ways.items():
             start = read_config(preset(flags["config"])) if "config" in flags else Config()
