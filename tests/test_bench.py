@@ -212,7 +212,7 @@ def test_race(tmp_path, capsys, monkeypatch):
     for row in (digits, markov): assert not row["reached"] and row["steps"] == 2
     assert digits["command"] == ("seqgpt train --config quick --n_layer 1 --n_head 1 --n_embd 8 --max_steps 2 "
                                  "--eval_steps 1 --data_path digits --validation_fraction 0.2")
-    quality.write_corpus("digits", tmp_path/"digits")
+    quality.write_source("digits", tmp_path/"digits")
     (tmp_path/"typed").mkdir()
     monkeypatch.chdir(tmp_path/"typed")
     assert main(digits["data"].split()[1:]) == 0 # the command for the data writes what was trained on
