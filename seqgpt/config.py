@@ -20,7 +20,6 @@ import yaml
 import seqgpt
 from .checks import DataPath, InputError, ModelPath, OutputPath, VocabPath, path_checks, read_text
 from .checks import to_builtin, user_path
-from .files import atomic_write
 
 # %% ../nbs/library/config.ipynb #c4377b21
 @dataclass
@@ -259,6 +258,7 @@ def write_config(
     path: str | Path, # A YAML file
 ):
     "Writes the resolved configuration, to be used again with `--config`."
+    from seqgpt.files import atomic_write # takes longer to import than a message may
     settings = {**asdict(config), "overwrite": False, "resume": False}
     with atomic_write(path) as part: part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
