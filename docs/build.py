@@ -125,14 +125,23 @@ def reading_order(pages: Path) -> list[str]:
     return order
 
 
+def house(pages: Path) -> list[str]:
+    "The pages for contributors, in the order of the plan of the library; its chapters are elsewhere."
+    plan = "\n".join(cell.source for cell in read_nb(pages/"library/house.ipynb").cells)
+    names = dict.fromkeys(["house.ipynb", *re.findall(r"\]\((\w+\.ipynb)\)", plan)])
+    return [f"library/{name}" for name in names]
+
+
 def parts(pages: Path) -> dict[str, list[str]]:
     "The parts of the book and their pages."
     order = reading_order(pages)
+    library = house(pages)
     names = [str(p.relative_to(pages)) for p in sorted(pages.rglob("*.ipynb"))]
     return {
         "The library, step by step": [p for p in order if "/" not in p],
         "Tutorials": [p for p in order if "/" in p],
-        "More": [name for name in names if name not in order and name != "index.ipynb"],
+        "More": [name for name in names if name not in (*order, *library, "index.ipynb")],
+        "The library, for contributors": library,
     }
 
 
