@@ -12,7 +12,8 @@ jobs, a line of JSON for each, and gets a line in answer. A job works in the fol
   - `bare`: nothing after the training (no curves, evaluation and samples), and nobody waits for the disk;
   - `processes`, that train together, with `fsdp` sharding the model; `runs`, at the same time.
 
-  The answer is a list, for each process: exit code (-9: killed), what was printed, number of file operations.
+  The answer is a list, for each process: exit code (-9: killed), what was printed, number of file operations,
+  and `places`, the files and folders in this one in which they were.
 - a command for the `shell`. The answer: its standard error.
 - `disk`, a size such as 20m, and `jobs`: they work one after the other on a disk of that size, in the folder
   `disk`, which nobody else sees and which is gone afterwards. The answer: a list of theirs; nothing where
@@ -88,9 +89,12 @@ def send_when_it_is_time(job, rank, answer):
     def send(*_):
         if "fill" in job: fill_up(job["fill"])
         else: os.kill(os.getpid(), job.get("signal", signal.SIGKILL))
+    folder = os.getcwd()
     def hook(event, args):
         if not is_counted(event, args): return
         answer["events"] += 1
+        place = os.path.relpath(str(args[0]), folder).split(os.sep)[0]
+        if place not in answer["places"]: answer["places"].append(place)
         if answer["events"] == job.get("event"): send()
     sys.addaudithook(hook)
     if "seconds" in job:
@@ -141,7 +145,7 @@ def child(job, rank, write):
     if job.get("bare"): commands.show_run = training.save_curves = lambda *_: None
     signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests run in the background
     signal.signal(signal.SIGHUP, signal.SIG_DFL) # ignored under nohup
-    answer = {"events": 0}
+    answer = {"events": 0, "places": []}
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         send_when_it_is_time(job, rank, answer)
         try: code = cli.main([str(a) for a in job["argv"]])

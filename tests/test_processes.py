@@ -1,7 +1,6 @@
 """Several processes (gloo, on the processor) do what one process does: the same steps, the same totals, whole or shared
 out, in any division."""
 import json
-import os
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -37,8 +36,7 @@ def place(forks, once):
     def divisions(folder):
         lengths = torch.randint(2, 20, (49,), generator=torch.Generator().manual_seed(0)).tolist()
         def line(k, n): return {"tokens": [NOTES[(k + j*(1 + k % 2)) % 5] for j in range(n)], "label": k % 2}
-        data = write_lines(folder, [line(k, n) for k, n in enumerate(lengths)])
-        os.utime(data, (10**9, 10**9)) # what is new is looked at again, by whichever process comes first
+        write_lines(folder, [line(k, n) for k, n in enumerate(lengths)])
         answers = {name: forks(*RUN, *args, "--output_dir", name, cwd=folder, bare=True, **job)
                    for name, (args, job) in DIVISIONS.items()}
         assert all(a["code"] == 0 for each in answers.values() for a in each), answers
@@ -77,7 +75,8 @@ def test_the_division_does_not_matter(place, name):
 def test_one_process_writes_and_speaks(place):
     first, second = place[2]["two processes"]
     assert "best so far" in first["out"] and first["out"].count("to validate") == 1
-    assert second["out"] == "" and second["events"] < 5 < first["events"], second
+    assert second["out"] == "" and "two processes" not in second["places"], second # either may write to the cache
+    assert "two processes" in first["places"], first
 
 
 OF_CLASSIFIERS = [
