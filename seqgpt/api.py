@@ -134,8 +134,8 @@ def error_body(
     else: kind = "invalid_request_error"
     message = str(e.detail)
     if len(message) > 500: message = f"{message[:499]}…"
-    param, code = getattr(e, "param", None), getattr(e, "code", None)
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    details = {name: getattr(e, name, None) for name in ("param", "code")}
+    return {"error": {"message": message, "type": kind, **details}}
 
 # %% ../nbs/library/api.ipynb #097a753b
 class CompletionLogprobs(BaseModel):

@@ -25,7 +25,9 @@ def parser_for(
     import jsonargparse
     from fastcore.docments import docments
 
-    parameters, comments, hints = {}, {}, {}
+    parameters = {}
+    comments = {}
+    hints = {}
     for target in targets:
         parameters |= inspect.signature(target).parameters
         comments |= docments(target)
@@ -144,7 +146,8 @@ def split_files(
     words: list[str], # Of a command line
 ) -> tuple[list[str], list[str]]: # What follows each `--config`; all other words
     "Files of settings and flags; a negative number is joined to the flag before it."
-    files, flags = [], []
+    files = []
+    flags = []
     words = iter(words)
     for word in words:
         if word == "--config":

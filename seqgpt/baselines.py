@@ -15,7 +15,7 @@ from scipy import sparse
 
 from .checks import InputError
 from .corpora import digits_shape, to_images
-from .markov import MarkovSource, credit
+from .markov import MarkovSource, tied_accuracy
 from .progress import tqdm
 from .records import unframed
 from .scores import Scores
@@ -185,7 +185,7 @@ def bayes_accuracy(
     source: MarkovSource, # Where the sequences come from; its classes are called 0, 1, ...
     tokenizer, # Of the model
     dataset: Dataset, # Columns `input_ids` and `label`
-) -> np.ndarray: # (sequences,), see `credit`
+) -> np.ndarray: # (sequences,), see `tied_accuracy`
     "How likely the best classifier is to be right about each sequence; raises `InputError` for one not from `source`."
     unknown = "so the best possible accuracy is not known."
     found = []
@@ -196,5 +196,5 @@ def bayes_accuracy(
         try: weights = source.posterior(unframed(row["input_ids"], tokenizer))[-1]
         except InputError as e:
             raise InputError(f"Sequence {k} is not from the source in source.json, {unknown} {e}") from e
-        found.append(credit(weights, int(label)))
+        found.append(tied_accuracy(weights, int(label)))
     return np.array(found)

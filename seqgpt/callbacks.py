@@ -25,7 +25,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from .devices import gather_model
 from .metrics import out_of_patience, recent_loss, validation_metrics
 from .progress import tqdm
-from .saving import keep_results
+from .saving import move_results
 
 # %% ../nbs/library/callbacks.ipynb #908af9a5
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -202,7 +202,9 @@ class KeepBest(TrainerCallback):
         save, # To be called with a folder, a model and `metrics`
         patience: int = 0, # Validations without a new best, after which to stop; 0: never
     ):
-        self.folder, self.save, self.patience = folder, save, patience
+        self.folder = folder
+        self.save = save
+        self.patience = patience
         self.seconds = 0 # that training took since the last validation
         self.tokens = 0 # that had been seen at the last validation
         self.header_shown = False
@@ -227,7 +229,7 @@ class KeepBest(TrainerCallback):
         if not state.is_world_process_zero: return
         found = validation_metrics(state.log_history)
         if keep:
-            keep_results(self.folder)
+            move_results(self.folder)
             self.save(self.folder, model, metrics=found)
         self.write_line(state, found, best)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOCAB_REMEDY', 'MODEL_REMEDY', 'OutputPath', 'DataPath', 'VocabPath', 'ModelPath', 'InputError', 'counted',
-           'to_builtin', 'whole_number', 'user_path', 'check_file', 'read_text', 'unique', 'read_json', 'existing_data',
-           'existing_vocab', 'existing_model', 'path_checks', 'check_paths']
+           'to_builtin', 'whole_number', 'user_path', 'check_file', 'read_text', 'unique', 'read_json', 'check_absent',
+           'existing_data', 'existing_vocab', 'existing_model', 'path_checks', 'check_paths']
 
 # %% ../nbs/library/checks.ipynb #56f26647
 import json
@@ -25,7 +25,8 @@ def counted(
     plural: str = "", # Where it does not end in s
 ) -> str: # Such as 1 layer, or 2 layers
     "How many there are, for messages."
-    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+    if n != 1: noun = plural or noun + "s"
+    return f"{n:,} {noun}"
 
 # %% ../nbs/library/checks.ipynb #7c33efb0
 def to_builtin(
@@ -101,6 +102,15 @@ def read_json(
     except (ValueError, RecursionError) as e: raise InputError(f"{path}: not JSON ({e}). {remedy}") from None
     if not text.lstrip().startswith("{"): raise InputError(f"{path}: not an object {{...}}. {remedy}")
     return found
+
+# %% ../nbs/library/checks.ipynb #f1a5c0d5
+def check_absent(
+    *paths: Path, # To be written
+    choose: str = "folder", # What the user can choose another one of
+):
+    "Raises `InputError` for the first of `paths` that is there already."
+    for path in paths:
+        if path.exists(): raise InputError(f"{path}: is there already. Choose another {choose}, or move it away.")
 
 # %% ../nbs/library/checks.ipynb #281d1d1f
 VOCAB_REMEDY = "A vocabulary is an object {symbol: id}. Name another with --vocab_path."

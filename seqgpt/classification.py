@@ -63,7 +63,8 @@ def mcnemar(
 ) -> float: # The p-value; 1 where they are never of different opinion
     "McNemar's test, exact and two-sided: could both be equally good?"
     from scipy.stats import binomtest
-    ours, theirs = int((right & ~other).sum()), int((other & ~right).sum())
+    ours = int((right & ~other).sum())
+    theirs = int((other & ~right).sum())
     return float(binomtest(ours, ours + theirs).pvalue) if ours + theirs else 1.0
 
 # %% ../nbs/07_classification.ipynb #fda12484

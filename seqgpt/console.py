@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .checks import DataPath, InputError, ModelPath, OutputPath, counted
+from .checks import DataPath, InputError, ModelPath, OutputPath, check_absent, counted
 from .config import literal
 
 # %% ../nbs/library/console.ipynb #b5d3ea97
@@ -65,7 +65,8 @@ def read_sequences(
         return [unframed(ids, tokenizer) for ids in rows["input_ids"]], fields
     files = corpus_files(path)
     vocab = tokenizer.get_vocab()
-    found, problems = [], Problems()
+    found = []
+    problems = Problems()
     lines = ((file, *pair) for file in files for pair in read_span(file_span(file), columns=None) if pair[1] != b"")
     for origin, number, line in lines:
         if len(found) == max_sequences: break
@@ -92,7 +93,6 @@ def print_labels(
 ):
     "Prints and writes what a classifier says; raises `InputError` for sequences that cannot be classified."
     from scipy.special import softmax
-
     from seqgpt.classification import predict
     from seqgpt.files import write_lines
     from seqgpt.prompts import encode_sequences
@@ -147,7 +147,6 @@ def interact(
 ):
     "Shows what could come next, and appends what the user chooses, until there is no more input."
     import torch
-
     from seqgpt.decoding import decoder_for
     from seqgpt.inference import likeliest, make_sampler, text_bars
     from seqgpt.prompts import encode_prompt, split_symbols
@@ -210,7 +209,8 @@ class InferSettings:
 
     @property
     def out_file(self) -> str:
-        return f"{self.out_dir}/{'predictions' if self.mode == 'classify' else 'samples'}.jsonl"
+        name = "predictions" if self.mode == "classify" else "samples"
+        return f"{self.out_dir}/{name}.jsonl"
 
     def check(self):
         "Raises `InputError` for settings that make no sense, alone or together."
@@ -225,8 +225,7 @@ class InferSettings:
             raise InputError(f"prompt_share is {self.prompt_share}. It must lie between 0 and 1.")
         if self.num_prompts is not None and self.num_prompts < 1:
             raise InputError(f"num_prompts is {self.num_prompts}. It must be at least 1.")
-        if self.out_dir and Path(self.out_file).exists():
-            raise InputError(f"{self.out_file}: is there already. Choose another --out_dir, or move it away.")
+        if self.out_dir: check_absent(Path(self.out_file), choose="--out_dir")
 
 # %% ../nbs/library/console.ipynb #645ce024
 def collect_prompts(
@@ -287,14 +286,14 @@ def infer_command(
 ):
     "Asks a trained model what comes next, or a classifier which label."
     from seqgpt.onnx_models import open_model
-    from seqgpt.saving import model_stays
+    from seqgpt.saving import model_unchanged
     settings = InferSettings(**settings)
     task = "classification" if settings.mode == "classify" else "clm"
     model, tokenizer = open_model(settings.model_path, task, settings.runtime)
     settings.check()
     if settings.mode == "interactive": return interact(model, tokenizer, settings.prompt, settings.top, settings.seed)
     if settings.out_dir:
-        with model_stays(settings.out_file): pass
+        with model_unchanged(settings.out_file): pass
     prompts, sequences, fields = collect_prompts(settings, tokenizer, model.config.n_positions)
     if settings.mode == "generate": return continue_prompts(model, tokenizer, settings, prompts, sequences, fields)
     print_labels(model, tokenizer, prompts, settings.top, settings.out_dir and settings.out_file, fields)

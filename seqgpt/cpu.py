@@ -67,7 +67,8 @@ def use_fast_cpu_kernels(
 # %% ../nbs/library/cpu.ipynb #d09ed787
 def tune_malloc():
     "Has the C library keep freed memory for the next step, where it is glibc (Linux); see `man mallopt`."
-    trim_threshold, mmap_threshold = -1, -3 # numbers of parameters in malloc.h
+    trim_threshold = -1 # these are numbers of parameters in malloc.h
+    mmap_threshold = -3
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         for parameter in (trim_threshold, mmap_threshold): mallopt(parameter, 2**30)

@@ -66,7 +66,8 @@ def train_validation_split(
         held_out_rows = held_out[np.cumsum(begins) - 1]
         train_rows = np.flatnonzero(~held_out_rows)
         validation_rows = np.flatnonzero(held_out_rows)
-    train, validation = select(dataset, train_rows), select(dataset, validation_rows)
+    train = select(dataset, train_rows)
+    validation = select(dataset, validation_rows)
     return Split(train, validation, train_index, validation_index, int(shared))
 
 # %% ../nbs/01_data.ipynb #fedbab35
@@ -207,7 +208,8 @@ def given_split(
     validation: Dataset, # Of another
 ) -> Split:
     "Two sets that were given, with an account of the sequences that stand in both."
-    known, new = sequence_digests(train), sequence_digests(validation)
+    known = sequence_digests(train)
+    new = sequence_digests(validation)
     return Split(train, validation, np.arange(len(known)), np.arange(len(new)), int(isin(new, known).sum()))
 
 # %% ../nbs/01_data.ipynb #e4fb93df

@@ -41,8 +41,8 @@ class Corpus:
             size = tqdm.format_sizeof(r["bytes"], "B")
             return (f"A stream of {counted(r['files'], 'file')}, {size}, read while the training goes on: "
                     "nothing is counted beforehand.")
-        sequences, tokens = counted(r["sequences"], "sequence"), counted(r["tokens"], "token")
-        parts = [f"{sequences}, {tokens}, {r['shortest']} to {r['longest']} long"]
+        sizes = ", ".join(counted(r[f"{noun}s"], noun) for noun in ("sequence", "token"))
+        parts = [f"{sizes}, {r['shortest']} to {r['longest']} long"]
         if r["skipped"]: parts.append(f"{counted(r['skipped'], 'bad line')} left out ({r['problems']})")
         if r["labels_ignored"]:
             parts.append(f"Labels that are ignored, as neither whole numbers nor names: {r['labels_ignored']:,}")

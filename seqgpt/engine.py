@@ -144,7 +144,9 @@ def decode(self: Engine) -> list[tuple]: # As for `deliver_outputs`
     ended = []
     for row, token_id in enumerate(self.sample(logits)):
         sequence = self.running[row]
-        if isinstance(token_id, Exception): tokens, finish_reason = [], token_id
+        if isinstance(token_id, Exception):
+            tokens = []
+            finish_reason = token_id
         else:
             token = ScoredToken(token_id)
             if sequence.logprobs is not None: token = score_token(token_id, logprobs[row], sequence.logprobs)

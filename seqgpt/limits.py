@@ -9,7 +9,7 @@ __all__ = ['mean_scores', 'limits', 'edges_into_states', 'entropy_of_ending', 'e
 import numpy as np
 from scipy import sparse
 
-from .markov import MarkovSource, credit
+from .markov import MarkovSource, tied_accuracy
 from .progress import tqdm
 
 # %% ../nbs/library/limits.ipynb #d95530af
@@ -36,7 +36,7 @@ def limits(
     for tokens, label in zip(bar, labels):
         inferred.append(source.scores(tokens))
         told.append(source.scores(tokens, label))
-        right.append(credit(source.posterior(tokens)[-1], label))
+        right.append(tied_accuracy(source.posterior(tokens)[-1], label))
     return {"class inferred": mean_scores(inferred), "class told": mean_scores(told),
             "classification": float(np.mean(right))}
 

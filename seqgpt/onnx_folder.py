@@ -32,7 +32,7 @@ from .loading import load_folder, task_of
 from .onnx_models import OnnxModel, head_size, max_abs_diff
 from .progress import tqdm
 from .reports import evaluation_data
-from .saving import model_stays
+from .saving import model_unchanged
 from .scores import rates
 from .tokenizer import load_tokenizer, save_tokenizer
 
@@ -267,7 +267,7 @@ def export_folder(
     """Writes a model as ONNX in all forms, each measured; raises `InputError` where there is no model or no such data,
     `RuntimeError` where ONNX Runtime gives other numbers than PyTorch."""
     model_path = user_path(model_path)
-    with model_stays(out_dir):
+    with model_unchanged(out_dir):
         model, tokenizer = load_folder(model_path)
         task = task_of(model_path)
         size = (model_path/"model.safetensors").stat().st_size

@@ -24,9 +24,9 @@ from .devices import fsdp_enabled, pick_precision
 from .metrics import ExactMetrics, balanced_weights, class_guesses, class_loss, class_metrics
 from .metrics import token_metrics, token_sums
 from .model import make_config, new_model
-from .progress import tqdm
+from .progress import is_first_process, tqdm
 from .resolving import StartingPoint, data_source, make_vocab, special_tokens, start_from
-from .tokenizer import framing, make_tokenizer
+from .tokenizer import add_framing, make_tokenizer
 from .transfer import freeze, init_from
 
 # %% ../nbs/library/preparing.ipynb #586fc0fc
@@ -35,7 +35,8 @@ def training_arguments(
     n_train: int | None, # Training sequences; of a stream unknown
 ) -> TrainingArguments:
     "The arguments of `Trainer` for `config`."
-    precision, gpu = pick_precision(config.precision), torch.accelerator.is_available()
+    precision = pick_precision(config.precision)
+    gpu = torch.accelerator.is_available()
     args = TrainingArguments(
         output_dir=str(Path(config.output_dir)/"checkpoints"), seed=config.seed, use_cpu=not gpu,
         per_device_train_batch_size=config.batch_size, per_device_eval_batch_size=config.batch_size,
@@ -79,7 +80,7 @@ def task_setup(
     if task == "clm":
         metrics = dict(compute_metrics=ExactMetrics(token_metrics), preprocess_logits_for_metrics=token_sums)
         return dict(data_collator=batches, **metrics), None
-    framing(tokenizer)
+    add_framing(tokenizer)
     classes = class_names(split.train.unique("label") + split.validation.unique("label"))
     if len(classes) < 2: raise InputError(f"{name}: all labels are {classes[0]!r}, so there is nothing to tell apart.")
     number = {label: k for k, label in enumerate(classes)}
@@ -96,9 +97,10 @@ def same_steps(
     """Has each step of a run that goes on see as many sequences as before; raises `InputError` where that cannot be."""
     out = Path(config.output_dir)
     if not config.resume or not (out/"split.json").exists() or not checkpoints_in(out/"checkpoints"): return config
-    before, were = read_config(out/"config.yaml"), read_json(out/"split.json", most=2**33).get("processes")
-    if not isinstance(were, int): return config
-    step = before.batch_size*before.gradient_accumulation_steps*were # in sequences
+    before = read_config(out/"config.yaml")
+    processes_before = read_json(out/"split.json", most=2**33).get("processes")
+    if not isinstance(processes_before, int): return config
+    step = before.batch_size*before.gradient_accumulation_steps*processes_before # in sequences
     parts, rest = divmod(step, config.batch_size*processes)
     where = f"of {config.batch_size} in {counted(processes, 'process', 'processes')}"
     if rest:
@@ -106,7 +108,7 @@ def same_steps(
         if step % processes == 0: choice = f"a --batch_size that divides {step // processes}"
         raise InputError(f"{out}: cannot go on, because a step of the interrupted run saw {step} sequences, "
                          f"and batches {where} do not add up to that.\nChoose {choice}.")
-    if parts != config.gradient_accumulation_steps and int(os.environ.get("RANK", 0)) == 0:
+    if parts != config.gradient_accumulation_steps and is_first_process():
         tqdm.write(f"Each step will see {step} sequences, as before: {counted(parts, 'batch', 'batches')} {where} "
                    f"(--gradient_accumulation_steps {parts}).")
     return replace(config, gradient_accumulation_steps=parts)

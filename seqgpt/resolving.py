@@ -144,7 +144,8 @@ class StartingPoint:
     ):
         "Raises `InputError` where settings contradict the model."
         for name in ("n_layer", "n_head", "n_embd"):
-            given, has = getattr(config, name), getattr(self.shape, name)
+            given = getattr(config, name)
+            has = getattr(self.shape, name)
             meant = name in named or given != getattr(Config(), name)
             if meant and given != has:
                 raise InputError(f"{name} is {given}, but the model in {self.folder} has {has}. Leave --{name} out.")
@@ -171,7 +172,8 @@ def start_from(
     """`config` with the shape, and where it names none with the data, of the model that it starts from; raises
     `InputError` where they contradict each other."""
     if config.init_from is None: return config
-    start, default = StartingPoint(config.init_from), Config()
+    start = StartingPoint(config.init_from)
+    default = Config()
     start.check(config, named)
     taken = {name: getattr(start.shape, name) for name in ("n_layer", "n_head", "n_embd")}
     taken["model"] = start.unusual_fields() | config.model

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from .checks import InputError, whole_number
-from .records import LONG_CHOICES, BadLine, Problems, label_name, parse_line, truncate_or_split
+from .config import CHOICES
+from .records import BadLine, Problems, label_name, parse_line, truncate_or_split
 from .sources import Span, read_span
 
 # %% ../nbs/library/rows.ipynb #ad76a716
@@ -56,8 +57,8 @@ def encoding_options(
     classes: list[str] | None = None,
 ) -> EncodingOptions:
     "What `encode_line` needs; raises `InputError` for impossible settings."
-    if long not in LONG_CHOICES:
-        raise InputError(f"long is {long!r}. Choose {', '.join(LONG_CHOICES[:-1])} or {LONG_CHOICES[-1]}.")
+    choices = CHOICES["long"]
+    if long not in choices: raise InputError(f"long is {long!r}. Choose {', '.join(choices)}.")
     if max_length is not None: max_length = whole_number(max_length, "max_length")
     if max_length is not None and max_length < 2:
         raise InputError(f"max_length is {max_length}. A sequence has at least 2 tokens.")
@@ -123,13 +124,15 @@ def group_rows(
     max_bytes: int,
 ):
     "Yields lists of rows, each as long as it may be."
-    group, size = [], 0
+    group = []
+    size = 0
     for row in rows:
         group.append(row)
         size += len(row[0])
         if len(group) == max_rows or size > max_bytes:
             yield group
-            group, size = [], 0
+            group = []
+            size = 0
     if group: yield group
 
 def write_arrow(

@@ -52,8 +52,10 @@ class Stream(torch.utils.data.IterableDataset):
         self.skip_bad_lines = skip_bad_lines
         self.n_skipped = 0 # bad lines so far
         self.excluded = np.empty(0, np.int64) # digests of other sequences to validate on
-        self.rank, self.world_size = 0, 1 # the trainer sets these four
-        self.batch_size, self.pool = 16, 100 # `pool` as for `LengthGroupedSampler`
+        self.rank = 0 # the trainer sets these three
+        self.world_size = 1
+        self.batch_size = 16
+        self.pool = 100 # as for `LengthGroupedSampler`
 
     def __iter__(self):
         endless = itertools.chain.from_iterable(map(self.epoch, itertools.count()))
@@ -76,7 +78,8 @@ def skip(self: Stream,
     if problem.detail: where += f" ({problem.detail})"
     if not self.skip_bad_lines:
         hint = "Mend it, or go on without such lines with --skip_bad_lines."
-        raise InputError(f"{where}. {SPACES_HINT if problem.kind == NO_SPACES else hint}")
+        if problem.kind == NO_SPACES: hint = SPACES_HINT
+        raise InputError(f"{where}. {hint}")
     self.n_skipped += 1
     if not math.log10(self.n_skipped).is_integer(): return
     tqdm.write(f"{where}. It is left out, with {self.n_skipped - 1:,} others so far.")
@@ -125,7 +128,8 @@ def epoch(self: Stream,
     order = torch.randperm(len(self.spans), generator=generator).tolist()
     worker = torch.utils.data.get_worker_info() # of a DataLoader
     worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-    rank, world_size = self.rank*num_workers + worker_id, self.world_size*num_workers
+    rank = self.rank*num_workers + worker_id
+    world_size = self.world_size*num_workers
     if len(order) >= 100*world_size: rows = self.rows(order[rank::world_size]) # enough spans to go round
     else: rows = self.rows(order, rank, world_size) # some lines of all
     found = False
@@ -143,7 +147,8 @@ def take_validation(
     held_out: int, # As for `stream_corpus`
 ) -> tuple[list[tuple], int]: # Rows, and the number of sequences
     "The first sequences that `stream` leaves out, with all rows of each."
-    rows, n = [], 0
+    rows = []
+    n = 0
     order = range(len(stream.spans)) if stream.fraction else []
     with tqdm(total=held_out, desc="Setting sequences aside", delay=2, leave=False) as bar:
         for row, is_held_out in stream.rows(order):

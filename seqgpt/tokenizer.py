@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'symbol_problem', 'unknown_symbol_hint', 'check_vocab', 'read_vocab', 'find_specials', 'added_token',
-           'any_of', 'unknown_to_unk', 'make_tokenizer', 'html_row', 'html_table', 'framing', 'save_tokenizer',
+           'any_of', 'unknown_to_unk', 'make_tokenizer', 'html_row', 'html_table', 'add_framing', 'save_tokenizer',
            'check_same_ids', 'load_tokenizer']
 
 # %% ../nbs/00_tokenizer.ipynb #d289af04
@@ -221,7 +221,7 @@ def _repr_html_(self: BatchEncoding) -> str | None: # None, and so the plain tex
     return "".join(tables)
 
 # %% ../nbs/00_tokenizer.ipynb #d6d49e14
-def framing(
+def add_framing(
     tokenizer: PreTrainedTokenizerFast, # From `make_tokenizer` or `load_tokenizer`; changed in place
 ) -> PreTrainedTokenizerFast: # The same
     "Has `tokenizer` put `<bos>` and `<eos>` round every text, unless they are there."
@@ -283,7 +283,7 @@ def load_tokenizer(
     if lacking: raise InputError(f"{folder}/tokenizer_config.json: no {', '.join(lacking)} in it. {MODEL_REMEDY}")
     tokenizer = make_tokenizer(vocab, f"{folder}/tokenizer.json", **named)
     frame = found.get("post_processor")
-    if isinstance(frame, dict) and frame.get("special_tokens"): framing(tokenizer)
+    if isinstance(frame, dict) and frame.get("special_tokens"): add_framing(tokenizer)
     max_length = settings.get("model_max_length")
     if type(max_length) is int: tokenizer.model_max_length = max_length
     if (folder/"config.json").exists(): check_same_ids(tokenizer, folder)

@@ -27,7 +27,7 @@ from .optim import Muon
 from .plots import save_curves
 from .preparing import PreparedRun
 from .progress import tqdm
-from .runs import alone_in, begin_run, find_checkpoint
+from .runs import begin_run, find_checkpoint, lock_run
 from .saving import save_model
 from .tokenizer import html_table
 from .trainer import SequenceTrainer
@@ -66,7 +66,9 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> SequenceTrainer:
     "The training loop for a prepared run."
-    config, args, split = run.config, run.args, run.split
+    config = run.config
+    args = run.args
+    split = run.split
     muon = Muon(run.model, config.learning_rate, config.weight_decay) if config.optimizer == "muon" else None
     by_length = np.argsort(column(split.validation, "length"), kind="stable")
     trainer = SequenceTrainer(
@@ -118,7 +120,8 @@ def stopped(
     out: Path, # Folder of the run
 ) -> str:
     "What to say of a run that was asked to stop."
-    state, command = trainer.state, resume_command(out, trainer.args.world_size)
+    state = trainer.state
+    command = resume_command(out, trainer.args.world_size)
     return f"Stopped after step {state.global_step} of {state.max_steps}; all is saved. Go on with: {command}"
 
 # %% ../nbs/04_training.ipynb #bafcdae3
@@ -129,10 +132,11 @@ def train(
 ) -> Run:
     "Trains a GPT-2; raises `InputError` before anything is written, `Interrupted`, `Diverged` or `OutOfMemory` later."
     run = PreparedRun(config, named)
-    out, wait = run.output_dir, run.args.distributed_state.wait_for_everyone
+    out = run.output_dir
+    wait = run.args.distributed_state.wait_for_everyone
     save = partial(save_model, tokenizer=run.tokenizer, config=run.config)
     best = KeepBest(out/"best_model", save, run.config.early_stopping_patience)
-    with alone_in(out) if run.first else contextlib.nullcontext(), StopOnSignal() as stop:
+    with lock_run(out) if run.first else contextlib.nullcontext(), StopOnSignal() as stop:
         checkpoint, done = find_checkpoint(run)
         wait() # all have read what is now written anew
         if run.first: begin_run(run)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checks import InputError, counted, user_path
+from .checks import InputError, check_absent, counted, user_path
 from .data import class_names
 from .encoding import read_corpus
 from .files import atomic_write, write_lines
@@ -150,9 +150,7 @@ def write_corpus(
         vocab = found_vocab(sequences)
     vocab = given_vocab(vocab)
     make_tokenizer(vocab) # which checks it
-    for name in ("vocab.json", "sequences.jsonl"):
-        if (folder/name).exists():
-            raise InputError(f"{folder/name}: is there already. Choose another folder, or move it away.")
+    check_absent(folder/"vocab.json", folder/"sequences.jsonl")
 
     n_symbols = 0
     def rows():

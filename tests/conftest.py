@@ -145,12 +145,12 @@ def left_out(bare, drawn):
     """Leaves out what takes ten times as long as a few steps of a tiny model.
 
     `bare`: without the curves and everything after a training. Not `drawn`: the pictures are blank."""
-    from seqgpt.commands import measures
-    def blank(task): return measures(task)[0], lambda evaluation: matplotlib.figure.Figure()
+    from seqgpt.commands import task_evaluation
+    def blank(task): return task_evaluation(task)[0], lambda evaluation: matplotlib.figure.Figure()
     with contextlib.ExitStack() as stack:
         if bare: stack.enter_context(patch("seqgpt.commands.show_run"))
         if bare or not drawn: stack.enter_context(patch("seqgpt.plots.save_curves"))
-        if not drawn: stack.enter_context(patch("seqgpt.commands.measures", blank))
+        if not drawn: stack.enter_context(patch("seqgpt.commands.task_evaluation", blank))
         yield
 
 

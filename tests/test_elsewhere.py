@@ -28,8 +28,8 @@ from seqgpt.config import Config
 from seqgpt.model import make_config, new_model
 from seqgpt.saving import model_card
 from seqgpt.tokenizer import (
+    add_framing,
     any_of,
-    framing,
     load_tokenizer,
     make_tokenizer,
     save_tokenizer,
@@ -135,7 +135,7 @@ def check(folders):
 def test_any_vocabulary_is_exact_both_ways(odd_texts):
     check(odd_texts)
     for folder, vocab, (_, bos, eos, unk), texts in odd_texts: # a frame is taken away at the ends only
-        framed = framing(load_tokenizer(folder))
+        framed = add_framing(load_tokenizer(folder))
         for text, _, _ in texts:
             inner = text.split()
             if len(inner) > 1 and inner[0] == bos: inner = inner[1:]

@@ -15,14 +15,14 @@ from test_generation import EQUAL, TOKENIZER, UNEQUAL, WAYS, random_model
 from seqgpt import export as E
 from seqgpt import onnx_folder
 from seqgpt.checks import InputError
-from seqgpt.commands import measures
+from seqgpt.commands import task_evaluation
 from seqgpt.config import read_config
 from seqgpt.decoding import Decoder
 from seqgpt.inference import generate
 from seqgpt.loading import load_model
 from seqgpt.onnx_folder import FORMS
 from seqgpt.onnx_models import OnnxModel
-from seqgpt.runs import alone_in
+from seqgpt.runs import lock_run
 from seqgpt.saving import save_model
 from seqgpt.tokenizer import load_tokenizer
 
@@ -289,7 +289,7 @@ def test_while_a_training_goes_on(written, quick_export, tmp_path):
     measured = json.loads((lm/BEST/"evaluation/metrics.json").read_text())["perplexity"]
     evaluate = ["evaluate", "--model_path", BEST, "--num_samples", 0]
     infer = ["infer", "--model_path", BEST, "--mode", "generate", "--max_new_tokens", 1]
-    with alone_in(lm/"outputs"):
+    with lock_run(lm/"outputs"):
         for command in (evaluate, [*evaluate, "--data_path", "data.jsonl"],
                         ["export", "--model_path", BEST], [*infer, "--out_dir", f"{BEST}/samples"]):
             refused(seqgpt(*command, cwd=lm), "a training is going on", "--out_dir")
@@ -306,12 +306,12 @@ def test_a_result_is_not_given_to_another_model(written, quick_export, monkeypat
     tokenizer = load_tokenizer(best)
     config = read_config(best/"config.yaml")
     def replace_best(): save_model(best, model, tokenizer, config, {})
-    measure, plot = measures("clm")
+    measure, plot = task_evaluation("clm")
     def measure_and_replace(*args, **kwargs):
         measured = measure(*args, **kwargs)
         replace_best()
         return measured
-    monkeypatch.setattr("seqgpt.commands.measures", lambda task: (measure_and_replace, plot))
+    monkeypatch.setattr("seqgpt.commands.task_evaluation", lambda task: (measure_and_replace, plot))
     result = seqgpt("evaluate", "--model_path", BEST, "--num_samples", 0, cwd=lm)
     refused(result, "has replaced the model meanwhile", "best_model/evaluation was not written")
     to_onnx = onnx_folder.to_onnx # as it is now

@@ -24,8 +24,8 @@ from seqgpt.model import make_config, new_model
 from seqgpt.progress import tqdm
 from seqgpt.reports import training_split
 from seqgpt.resolving import load_data, load_vocab, start_from
-from seqgpt.runs import alone_in
-from seqgpt.saving import model_stays, save_model
+from seqgpt.runs import lock_run
+from seqgpt.saving import model_unchanged, save_model
 from seqgpt.streaming import stream_corpus
 from seqgpt.tokenizer import load_tokenizer, make_tokenizer
 from seqgpt.trainer import SequenceTrainer
@@ -237,16 +237,16 @@ def test_results_in_a_model_that_a_training_may_replace(tmp_path):
     run = tmp_path/"run"
     best = run/"best_model"
     small_model(best, "ab")
-    with model_stays(best/"evaluation"): pass
+    with model_unchanged(best/"evaluation"): pass
     write_config(Config("data"), run/"config.yaml")
-    with alone_in(run):
-        with pytest.raises(InputError, match="a training is going on"): model_stays(best/"evaluation").__enter__()
-        with model_stays(run/"evaluation"): pass # not in the folder of the model
-    with pytest.raises(FileNotFoundError), model_stays(best/"evaluation"): open(best/"nothing")
-    with pytest.raises(InputError, match="has replaced the model meanwhile"), model_stays(best/"evaluation"):
+    with lock_run(run):
+        with pytest.raises(InputError, match="a training is going on"): model_unchanged(best/"evaluation").__enter__()
+        with model_unchanged(run/"evaluation"): pass # not in the folder of the model
+    with pytest.raises(FileNotFoundError), model_unchanged(best/"evaluation"): open(best/"nothing")
+    with pytest.raises(InputError, match="has replaced the model meanwhile"), model_unchanged(best/"evaluation"):
         small_model(best, "ab")
         open(best/"evaluation")
-    with pytest.raises(InputError, match="the folder of a model"): alone_in(best/"tuned")
+    with pytest.raises(InputError, match="the folder of a model"): lock_run(best/"tuned")
 
 
 def test_what_was_made_of_a_model_is_kept_when_a_better_one_takes_its_place(config, tmp_path, capsys):
