@@ -86,7 +86,10 @@ def bench_generation(
     batch_sizes: tuple[int, ...] = BATCH_SIZES, # Sequences at once
 ) -> dict: # `rows`, one for each contender and number of sequences; `left_out`, name to reason
     "Measures them; raises `RuntimeError` if one of them ends a sequence early."
-    new, left_out, calls, rows = setup.length - 2, {}, {}, []
+    new = setup.length - 2
+    left_out = {}
+    calls = {}
+    rows = []
     model = endless_model(setup).to(device())
     models = {f"{who}, {p}": copy.deepcopy(model).to(DTYPES[p])
               for p in precisions() for who in ("Transformers", "seqgpt")}

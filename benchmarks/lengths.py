@@ -25,7 +25,9 @@ def bench_lengths(
     longest: int, # Tokens in the longest sequences
 ) -> dict: # `rows`, one for each length and contender; `left_out`, name to reason
     "Measures seqgpt and Transformers' Trainer at each length from 64 on, doubled again and again."
-    rows, left_out, length = [], {}, SHORTEST
+    rows = []
+    left_out = {}
+    length = SHORTEST
     while length <= longest:
         sequences = max(1, setup.tokens//length)
         longer = replace(setup, folder=f"{setup.folder}/{length}", length=length, batch_size=sequences).write()

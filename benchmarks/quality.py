@@ -78,7 +78,8 @@ def bench_quality(
     recipes: dict = RECIPES, # Corpus to name to flags of `seqgpt train`
 ) -> dict: # `rows`, one for each corpus and recipe
     "Trains each recipe until it is good enough, or has come to its end."
-    rows, folder = [], Path(folder)
+    rows = []
+    folder = Path(folder)
     for corpus, ways in recipes.items():
         written = write_source(corpus, folder/corpus)
         common = {"data_path": str(folder/corpus), "validation_fraction": 0.2 if corpus == "digits" else 0.05}

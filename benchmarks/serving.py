@@ -104,7 +104,8 @@ def server_commands(
     setup: Setup, # With a corpus
 ) -> dict[str, tuple]: # Name to words of Python's command line, path of health, and body of a request
     "The servers, each started as a user does it."
-    folder, onnx = f"{setup.folder}/served", f"{setup.folder}/onnx"
+    folder = f"{setup.folder}/served"
+    onnx = f"{setup.folder}/onnx"
     model = endless_model(setup)
     body = {"prompt": f"<bos> {SYMBOLS[0]}", "max_tokens": setup.length - 2, "temperature": 0}
     paths = {"seqgpt": folder}
@@ -140,7 +141,9 @@ def bench_serving(
     "Starts the servers, and has clients ask them by turns."
     if not importlib.util.find_spec("locust"):
         return {"rows": [], "left_out": {"serving": "not installed: pip install locust"}}
-    rows, running, left_out = [], {}, {}
+    rows = []
+    running = {}
+    left_out = {}
     if not has_onnx(): left_out["ONNX Runtime"] = "not installed: pip install 'seqgpt[onnx]'"
     with ExitStack() as stack:
         for name, (command, health, body) in tqdm(server_commands(setup).items(), desc="Serving, start", leave=False):

@@ -63,9 +63,11 @@ def bench_data(
     most_sequences: int, # Of the largest corpus
 ) -> dict: # `rows`, one for each number of sequences
     "Time and memory over the size of the corpus, with a model so small that only the data counts."
-    rows, folder = [], Path(folder)
+    rows = []
+    folder = Path(folder)
     for n in tqdm([10**k for k in range(3, 10) if 10**k <= most_sequences], desc="Data", leave=False):
-        data, tokens = folder/f"{n}", n*SHORT
+        data = folder/f"{n}"
+        tokens = n*SHORT
         write_random(data, n, SHORT)
         tokenizer = make_tokenizer(data/"vocab.json")
         encode = seconds_of(partial(read_corpus, data, tokenizer, SHORT, cache_dir=data/"apart"))

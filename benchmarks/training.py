@@ -56,7 +56,9 @@ def start(
     names: list[str] | None = None, # Default: all
 ) -> tuple[dict, dict, dict]: # Name to contender, to the seconds of the first step, to the reason why it is left out
     "Starts contenders, and has them do their warm-up."
-    running, first, left_out = {}, {}, {}
+    running = {}
+    first = {}
+    left_out = {}
     for name, (_, module, _) in tqdm(contenders().items(), desc="Starting", leave=False):
         if names and name not in names: continue
         if module and not importlib.util.find_spec(module):

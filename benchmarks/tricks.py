@@ -83,7 +83,10 @@ def warm_up(
 ) -> tuple[dict, dict, dict]: # Name to step, to the seconds of the first step, to the reason why it is left out
     "Makes the steps, and has each done a few times."
     ids = setup.ids()[:setup.batch_size].to(device())
-    options, calls, first, left_out = {}, {}, {}, {}
+    options = {}
+    calls = {}
+    first = {}
+    left_out = {}
     added = tricks() | ({COMPILED: {"compiled": True}} if compiled else {})
     for name, trick in tqdm(added.items(), desc="Tricks, warm-up", leave=False):
         options |= trick
@@ -111,7 +114,8 @@ def bench_tricks(
     best = [*calls][-1]
     seconds |= take_turns({"freed memory kept": calls[best], **last}, rounds, steps, "Tricks, with memory kept")
     first["freed memory kept"] = first[best]
-    rows, before = [], None
+    rows = []
+    before = None
     for name, s in seconds.items():
         per_second = rate(s, setup.tokens)
         gain = per_second["median"]/(before or per_second["median"]) - 1

@@ -131,7 +131,8 @@ class Enough(Exception): pass
 def test_contenders_train_the_same_model(name, setup):
     if name in EXTRA: pytest.importorskip(EXTRA[name])
     batch = setup.ids()[:16]
-    losses, steps = [], 0
+    losses = []
+    steps = 0
 
     def pause(model):
         nonlocal steps
@@ -192,7 +193,8 @@ def test_turns_are_taken():
 
 
 def test_tricks_come_one_by_one(results, tmp_path, monkeypatch):
-    found, (result, said) = rows(results, "tricks"), results["tricks"]
+    found = rows(results, "tricks")
+    result, said = results["tricks"]
     assert found[0]["name"] == "Trainer's defaults" and found[0]["gain"] == 0 and len(found) >= 4
     assert result["left_out"] == {tricks.COMPILED: "RuntimeError: no compiler here"} and "no compiler here" in said
     monkeypatch.setattr(torch, "compile", lambda function: function)
