@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import GPT2Config
 
+from seqgpt.checks import InputError
 from seqgpt.devices import pick_precision
 from seqgpt.encoding import read_corpus
 from seqgpt.model import make_config, new_model
@@ -24,6 +26,7 @@ from seqgpt.tokenizer import make_tokenizer
 
 RESULTS = Path(__file__).parent/"results"
 SYMBOLS = [f"s{k:03d}" for k in range(512)]
+VOCAB = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *SYMBOLS])}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,6 +41,7 @@ FLAGS = {
     "n_head": (8, "attention heads in a block; must divide n_embd"),
     "n_embd": (384, "dimensions of a token"),
 }
+ASKING = ("rounds", "length", "n_layer", "n_head", "n_embd") # flags of scripts that train nothing
 SIZES = ("batch_size", "length", "n_layer", "n_head", "n_embd")
 
 
@@ -84,11 +88,12 @@ class Setup:
 
     def write(self):
         "Writes a corpus of a hundred batches; raises `InputError` if there is no model of this shape."
-        write_random(f"{self.folder}/data", 100*self.batch_size, self.length)
+        if self.length < 3: raise InputError(f"length is {self.length}. It must be at least 3: <bos>, a symbol, <eos>.")
         make_config(self.tokenizer(), self.length, **self.shape)
+        write_random(f"{self.folder}/data", 100*self.batch_size, self.length)
         return self
 
-    def tokenizer(self): return make_tokenizer(f"{self.folder}/data/vocab.json")
+    def tokenizer(self): return make_tokenizer(VOCAB)
 
     def corpus(self):
         return read_corpus(f"{self.folder}/data", self.tokenizer(), self.length, cache_dir=f"{self.folder}/cache")
@@ -114,8 +119,7 @@ def write_random(
     "Writes a corpus of random sequences, in which the k-th symbol is k times as rare as the first."
     folder = Path(folder)
     folder.mkdir(parents=True)
-    vocab = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *SYMBOLS])}
-    (folder/"vocab.json").write_text(json.dumps(vocab))
+    (folder/"vocab.json").write_text(json.dumps(VOCAB))
     weights = 1/np.arange(1, len(SYMBOLS) + 1)
     rng = np.random.default_rng(0)
     with open(folder/"sequences.jsonl", "w") as f:
@@ -128,12 +132,14 @@ def write_random(
 def make_setup(
     args: argparse.Namespace, # With some of SIZES
 ): # A `Setup` with its corpus
-    "The setup that the flags describe; its folder is gone at the end."
+    "The setup that the flags describe; its folder is gone at the end. Exits where there is no such model."
     sizes = {name: value for name, value in vars(args).items() if name in SIZES}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         setup = Setup(folder, **sizes)
-        print(" ".join(f"{name}={value}" for name, value in vars(setup).items() if name in SIZES), "\n")
-        yield setup.write()
+        print(" ".join(f"{name}={value}" for name, value in sizes.items()), "\n")
+        try: setup.write()
+        except InputError as e: sys.exit(f"{Path(sys.argv[0]).name}: {e}")
+        yield setup
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the machine

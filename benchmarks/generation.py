@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 import torch
 from common import (
+    ASKING,
     DTYPES,
-    FLAGS,
     SYMBOLS,
     Setup,
     device,
@@ -118,7 +118,7 @@ def show_generation(found: dict):
 
 
 def main(argv: list[str] | None = None):
-    args = make_parser(__file__, __doc__, *(name for name in FLAGS if name != "steps")).parse_args(argv)
+    args = make_parser(__file__, __doc__, *ASKING).parse_args(argv)
     with make_setup(args) as setup: found = bench_generation(setup, args.rounds)
     show_generation(found)
     save(args, found)

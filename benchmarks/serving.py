@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 from common import (
-    FLAGS,
+    ASKING,
     SYMBOLS,
     Setup,
     device,
@@ -179,7 +179,7 @@ def show_serving(found: dict):
 
 
 def main(argv: list[str] | None = None):
-    parser = make_parser(__file__, __doc__, *(name for name in FLAGS if name != "steps"), rounds=1)
+    parser = make_parser(__file__, __doc__, *ASKING, rounds=1)
     parser.add_argument("--seconds", type=float, default=30, help="of each turn")
     args = parser.parse_args(argv)
     with make_setup(args) as setup: found = bench_serving(setup, args.rounds, args.seconds)

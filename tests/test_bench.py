@@ -26,10 +26,11 @@ import startup
 import training
 import tricks
 
-SIZES = "--rounds 1 --batch_size 2 --length 34 --n_layer 1 --n_head 2 --n_embd 16".split()
-STEPS = ["--steps", "2"]
+SIZES = "--rounds 1 --length 34 --n_layer 1 --n_head 2 --n_embd 16".split()
+BATCH = ["--batch_size", "2"]
+STEPS = [*BATCH, "--steps", "2"]
 FLAGS = {"training": STEPS, "small_models": STEPS, "tricks": STEPS, "lengths": [*STEPS, "--longest", "64"],
-         "evaluation": [], "generation": [], "serving": [], "startup": ["--most_sequences", "1000"]}
+         "evaluation": BATCH, "generation": [], "serving": [], "startup": [*BATCH, "--most_sequences", "1000"]}
 EXTRA = {"x-transformers": "x_transformers", "Lightning": "lightning"}
 
 
@@ -116,6 +117,7 @@ def test_wrong_flags_are_refused(capsys):
     for wrong in (["--rounds", "0"], ["--length", "x"]):
         with pytest.raises(SystemExit): training.main(wrong)
     assert "must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="n_embd .* is not divisible by n_head"): training.main(["--n_head", "5"])
 
 
 @pytest.fixture(scope="module")
