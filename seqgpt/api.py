@@ -29,6 +29,7 @@ class RequestBody(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def float_to_int(cls, value):
+        "In every field: 2.0 becomes 2, and 2.5 stays what it is."
         is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
         return int(value) if is_whole else value
 
@@ -93,7 +94,9 @@ class CompletionRequest(ModelRequest):
 
     @field_validator("seed")
     @classmethod
-    def any_seed(cls, value): return None if value == -1 else value
+    def any_seed(cls, value):
+        "-1 asks for any seed, as None does."
+        return None if value == -1 else value
 
 # %% ../nbs/library/api.ipynb #04a779da
 class InputRequest(ModelRequest):

@@ -46,6 +46,7 @@ class StopOnSignal(TrainerCallback):
         for s, handler in self.before.items(): signal.signal(s, handler or signal.SIG_DFL) # None: not from Python
 
     def request_stop(self, *_):
+        "What a signal does: asks for a stop after this step; once more, a second later: raises `KeyboardInterrupt`."
         mute_closed_terminal()
         again = time.monotonic() - self.requested_at > 1 # what starts several processes may pass a signal on twice
         if again: raise KeyboardInterrupt
@@ -234,6 +235,7 @@ class KeepBest(TrainerCallback):
         self.write_line(state, found, best)
 
     def write_line(self, state, found, best):
+        "Prints the line of a validation, with the speed since the last one."
         speed = (state.num_input_tokens_seen - self.tokens)/self.seconds if self.seconds else math.nan
         self.seconds = 0
         self.tokens = state.num_input_tokens_seen

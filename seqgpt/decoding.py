@@ -113,6 +113,41 @@ def prefill(self: Decoder, ids):
     self.kv_cache = [t.contiguous() for pair in pairs for t in pair]
     return logits
 
+# %% ../nbs/library/decoding.ipynb #81095e6c
+@patch
+def make_room(self: Decoder,
+    tokens: int, # That must fit
+):
+    "Where there is too little room for keys and values, makes enough, and for a hundred tokens more."
+    lacking = tokens - self.kv_cache[0].shape[self.token_axes[0]]
+    if lacking <= 0: return
+    self.kv_cache = [F.pad(t, (0, 0)*(3 - axis) + (0, lacking + 100))
+                     for t, axis in zip(self.kv_cache, cycle(self.token_axes))]
+
+@patch
+def select(self: Decoder,
+    rows: torch.Tensor, # Numbers of sequences; one may come several times
+): # Another `Decoder`
+    "Goes on with some of the sequences, from what is kept of them."
+    some = copy.copy(self)
+    some.padding = self.padding[rows]
+    some.kv_cache = [t[rows] for t in self.kv_cache]
+    return some
+
+# %% ../nbs/library/decoding.ipynb #5de62b39
+@patch
+def mask(self: Decoder,
+    sequences: int,
+    total: int, # Tokens, the new one included
+) -> torch.Tensor: # (sequences * heads, 1, total)
+    "Minus infinity where nothing may be seen: in the padding, and after the end of a shorter sequence."
+    place = torch.arange(total, device=self.padding.device)
+    last = torch.as_tensor(self.seq_len, device=place.device).view(-1, 1) # (1, 1), or (sequences, 1)
+    hidden = (place < self.padding[:, None]) | (place > last)
+    mask = torch.zeros(sequences, total, dtype=self.model.transformer.wte.weight.dtype, device=place.device)
+    mask = mask.masked_fill(hidden, -torch.inf)
+    return mask.repeat_interleave(self.model.config.n_head, 0)[:, None] # the same for each head
+
 # %% ../nbs/library/decoding.ipynb #3bc4e017
 @patch
 def decode(self: Decoder,
@@ -146,41 +181,6 @@ def append(self: Decoder,
     keys[rows, :, :, self.seq_len] = k
     values[rows, :, self.seq_len] = v
     return keys[:sequences].flatten(0, 1), values[:sequences].flatten(0, 1)
-
-# %% ../nbs/library/decoding.ipynb #5de62b39
-@patch
-def mask(self: Decoder,
-    sequences: int,
-    total: int, # Tokens, the new one included
-) -> torch.Tensor: # (sequences * heads, 1, total)
-    "Minus infinity where nothing may be seen: in the padding, and after the end of a shorter sequence."
-    place = torch.arange(total, device=self.padding.device)
-    last = torch.as_tensor(self.seq_len, device=place.device).view(-1, 1) # (1, 1), or (sequences, 1)
-    hidden = (place < self.padding[:, None]) | (place > last)
-    mask = torch.zeros(sequences, total, dtype=self.model.transformer.wte.weight.dtype, device=place.device)
-    mask = mask.masked_fill(hidden, -torch.inf)
-    return mask.repeat_interleave(self.model.config.n_head, 0)[:, None] # the same for each head
-
-# %% ../nbs/library/decoding.ipynb #81095e6c
-@patch
-def make_room(self: Decoder,
-    tokens: int, # That must fit
-):
-    "Where there is too little room for keys and values, makes enough, and for a hundred tokens more."
-    lacking = tokens - self.kv_cache[0].shape[self.token_axes[0]]
-    if lacking <= 0: return
-    self.kv_cache = [F.pad(t, (0, 0)*(3 - axis) + (0, lacking + 100))
-                     for t, axis in zip(self.kv_cache, cycle(self.token_axes))]
-
-@patch
-def select(self: Decoder,
-    rows: torch.Tensor, # Numbers of sequences; one may come several times
-): # Another `Decoder`
-    "Goes on with some of the sequences, from what is kept of them."
-    some = copy.copy(self)
-    some.padding = self.padding[rows]
-    some.kv_cache = [t[rows] for t in self.kv_cache]
-    return some
 
 # %% ../nbs/library/decoding.ipynb #012271d7
 def decoder_for(

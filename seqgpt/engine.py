@@ -59,12 +59,10 @@ class Engine:
         self.tokens = 0 # that they gave
         self.reset()
 
-# %% ../nbs/library/engine.ipynb #ca014610
-@patch
-def reset(self: Engine):
-    "Begins with an empty cache."
-    self.decoder = self.model and decoder_for(self.model)(self.model)
-    self.prompt_cache = {} # a decoder for each prompt that sequences in the queue still need
+    def reset(self):
+        "Begins with an empty cache."
+        self.decoder = self.model and decoder_for(self.model)(self.model)
+        self.prompt_cache = {} # a decoder for each prompt that sequences in the queue still need
 
 # %% ../nbs/library/engine.ipynb #de4758a2
 @patch
@@ -113,79 +111,6 @@ def run_call(self: Engine):
     if not future.set_running_or_notify_cancel(): return
     try: future.set_result(call())
     except Exception as e: future.set_exception(e)
-
-# %% ../nbs/library/engine.ipynb #23cca1f4
-@patch
-def step(self: Engine):
-    "One call from the queue, and one token for each sequence."
-    self.run_call()
-    aborted = [row for row, sequence in enumerate(self.running) if sequence.aborted]
-    for row in reversed(aborted): self.free_row(row)
-    self.admit()
-    if self.running: self.dispatch(self.decode())
-
-@patch
-def free_row(self: Engine, row: int):
-    "Removes a sequence from the batch; the last one takes its row."
-    leave_batch(self.decoder, row)
-    self.running[row] = self.running[-1]
-    self.running.pop()
-
-# %% ../nbs/library/engine.ipynb #0eda295f
-@patch
-def decode(self: Engine) -> list[tuple]: # As for `deliver_outputs`
-    "One step of the model: a token for each sequence; those that have ended leave."
-    last = [(s.output_ids or s.prompt_ids)[-1] for s in self.running]
-    logits = self.decoder.decode(torch.tensor(last, device=self.model.device)).float().cpu()
-    self.steps += 1
-    self.tokens += len(last)
-    logprobs = logits.log_softmax(-1) if any(s.logprobs is not None for s in self.running) else None
-    outputs = []
-    ended = []
-    for row, token_id in enumerate(self.sample(logits)):
-        sequence = self.running[row]
-        if isinstance(token_id, Exception):
-            tokens = []
-            finish_reason = token_id
-        else:
-            token = ScoredToken(token_id)
-            if sequence.logprobs is not None: token = score_token(token_id, logprobs[row], sequence.logprobs)
-            tokens, finish_reason = sequence.append_token(token, self.tokenizer.eos_token_id)
-        if tokens or finish_reason: outputs.append((sequence, tokens, finish_reason))
-        if finish_reason: ended.append(row)
-    for row in reversed(ended): self.free_row(row)
-    return outputs
-
-def score_token(
-    token_id: int,
-    logprobs: torch.Tensor, # (vocabulary,)
-    top: int, # How many of the most probable ids to give
-) -> ScoredToken:
-    "A token with its log-probability, and those of the most probable ids."
-    best = logprobs.topk(min(top, len(logprobs)))
-    return ScoredToken(token_id, float(logprobs[token_id]), dict(zip(best.indices.tolist(), best.values.tolist())))
-
-# %% ../nbs/library/engine.ipynb #c7e38162
-@patch
-def sample(self: Engine,
-    logits: torch.Tensor, # (sequences, vocabulary)
-) -> list: # An id for each sequence, or an exception
-    "The next token of each sequence, or the error that it ran into."
-    alike = defaultdict(list)
-    for row, sequence in enumerate(self.running): alike[sequence.sampling_params].append(row)
-    sampled = [None]*len(logits)
-    for sampling_params, rows in alike.items():
-        sequences = [self.running[row] for row in rows]
-        repetition_penalty = sampling_params[-1]
-        ids = None
-        if repetition_penalty != 1: # only that looks at the tokens so far
-            so_far = [torch.tensor(s.prompt_ids + s.output_ids) for s in sequences]
-            ids = pad_sequence(so_far, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        generators = [s.generator for s in sequences]
-        try: tokens = self.sampler_for(*sampling_params)(ids, logits[rows], generators).tolist()
-        except InputError as e: tokens = [e]*len(rows)
-        for row, token in zip(rows, tokens): sampled[row] = token
-    return sampled
 
 # %% ../nbs/library/engine.ipynb #e2633db0
 MAX_PREFILL_TOKENS = 2048 # of new prompts in one step, unless a single one is longer
@@ -242,6 +167,79 @@ def prefill(self: Engine,
     prefilled(torch.tensor(padded, device=self.model.device))
     prefilled.seq_len -= 1
     return prefilled
+
+# %% ../nbs/library/engine.ipynb #c7e38162
+@patch
+def sample(self: Engine,
+    logits: torch.Tensor, # (sequences, vocabulary)
+) -> list: # An id for each sequence, or an exception
+    "The next token of each sequence, or the error that it ran into."
+    alike = defaultdict(list)
+    for row, sequence in enumerate(self.running): alike[sequence.sampling_params].append(row)
+    sampled = [None]*len(logits)
+    for sampling_params, rows in alike.items():
+        sequences = [self.running[row] for row in rows]
+        repetition_penalty = sampling_params[-1]
+        ids = None
+        if repetition_penalty != 1: # only that looks at the tokens so far
+            so_far = [torch.tensor(s.prompt_ids + s.output_ids) for s in sequences]
+            ids = pad_sequence(so_far, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        generators = [s.generator for s in sequences]
+        try: tokens = self.sampler_for(*sampling_params)(ids, logits[rows], generators).tolist()
+        except InputError as e: tokens = [e]*len(rows)
+        for row, token in zip(rows, tokens): sampled[row] = token
+    return sampled
+
+# %% ../nbs/library/engine.ipynb #0eda295f
+@patch
+def decode(self: Engine) -> list[tuple]: # As for `deliver_outputs`
+    "One step of the model: a token for each sequence; those that have ended leave."
+    last = [(s.output_ids or s.prompt_ids)[-1] for s in self.running]
+    logits = self.decoder.decode(torch.tensor(last, device=self.model.device)).float().cpu()
+    self.steps += 1
+    self.tokens += len(last)
+    logprobs = logits.log_softmax(-1) if any(s.logprobs is not None for s in self.running) else None
+    outputs = []
+    ended = []
+    for row, token_id in enumerate(self.sample(logits)):
+        sequence = self.running[row]
+        if isinstance(token_id, Exception):
+            tokens = []
+            finish_reason = token_id
+        else:
+            token = ScoredToken(token_id)
+            if sequence.logprobs is not None: token = score_token(token_id, logprobs[row], sequence.logprobs)
+            tokens, finish_reason = sequence.append_token(token, self.tokenizer.eos_token_id)
+        if tokens or finish_reason: outputs.append((sequence, tokens, finish_reason))
+        if finish_reason: ended.append(row)
+    for row in reversed(ended): self.free_row(row)
+    return outputs
+
+def score_token(
+    token_id: int,
+    logprobs: torch.Tensor, # (vocabulary,)
+    top: int, # How many of the most probable ids to give
+) -> ScoredToken:
+    "A token with its log-probability, and those of the most probable ids."
+    best = logprobs.topk(min(top, len(logprobs)))
+    return ScoredToken(token_id, float(logprobs[token_id]), dict(zip(best.indices.tolist(), best.values.tolist())))
+
+# %% ../nbs/library/engine.ipynb #23cca1f4
+@patch
+def step(self: Engine):
+    "One call from the queue, and one token for each sequence."
+    self.run_call()
+    aborted = [row for row, sequence in enumerate(self.running) if sequence.aborted]
+    for row in reversed(aborted): self.free_row(row)
+    self.admit()
+    if self.running: self.dispatch(self.decode())
+
+@patch
+def free_row(self: Engine, row: int):
+    "Removes a sequence from the batch; the last one takes its row."
+    leave_batch(self.decoder, row)
+    self.running[row] = self.running[-1]
+    self.running.pop()
 
 # %% ../nbs/library/engine.ipynb #a8c60a4c
 @patch

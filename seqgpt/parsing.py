@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_list', 'read_prompts', 'check_prompt_ids', 'encode_one', 'read_stops', 'parse_inputs', 'check_capacity',
-           'parse_request', 'to_sequence', 'check_room', 'check_num_logprobs']
+           'check_room', 'check_num_logprobs', 'parse_request', 'to_sequence']
 
 # %% ../nbs/library/parsing.ipynb #b10260d0
 from .api import APIError, CompletionRequest, InputRequest
@@ -103,6 +103,27 @@ def check_capacity(
     raise APIError(400, f"The request is about {n} sequences; at most {max_sequences} can be taken. "
                         "Send several requests.", field)
 
+# %% ../nbs/library/parsing.ipynb #ebd517f2
+def check_room(body, length, room, n_positions, bos):
+    "Raises `APIError` where a prompt leaves too few positions for what is to come."
+    needed = 1 if body.max_tokens is None else body.max_tokens
+    if needed <= room: return
+    raise APIError(400, f"The prompt has {length} tokens, {bos} included; with {n_positions} positions there is "
+                        f"room for {room} more, not for {needed}.", "max_tokens", "context_length_exceeded")
+
+def check_num_logprobs(
+    body: CompletionRequest,
+    sequences: list[SequenceRequest],
+    limit: int = 2**20,
+):
+    "Raises `APIError` where the answer would have more log-probabilities than can be given."
+    of_prompt = 8*(body.prompt_logprobs or 0) # each with a table of its own
+    of_token = body.logprobs or 0
+    n = sum(len(s.prompt_ids)*of_prompt + (s.max_new_tokens + len(s.prompt_ids)*body.echo)*of_token for s in sequences)
+    if n <= limit: return
+    raise APIError(400, f"The answer could have {n:,} log-probabilities; at most {limit:,} can be given. "
+                        "Lower logprobs, n or max_tokens.", "logprobs")
+
 # %% ../nbs/library/parsing.ipynb #4527fecc
 def parse_request(
     body: CompletionRequest,
@@ -134,24 +155,3 @@ def to_sequence(body, k, ids, max_new_tokens, stops, added_bos):
     seed = None if body.seed is None else body.seed + k
     return SequenceRequest(ids, max_new_tokens, sampling_params, seed, stops, body.logprobs, body.stream,
                            added_bos=added_bos)
-
-# %% ../nbs/library/parsing.ipynb #ebd517f2
-def check_room(body, length, room, n_positions, bos):
-    "Raises `APIError` where a prompt leaves too few positions for what is to come."
-    needed = 1 if body.max_tokens is None else body.max_tokens
-    if needed <= room: return
-    raise APIError(400, f"The prompt has {length} tokens, {bos} included; with {n_positions} positions there is "
-                        f"room for {room} more, not for {needed}.", "max_tokens", "context_length_exceeded")
-
-def check_num_logprobs(
-    body: CompletionRequest,
-    sequences: list[SequenceRequest],
-    limit: int = 2**20,
-):
-    "Raises `APIError` where the answer would have more log-probabilities than can be given."
-    of_prompt = 8*(body.prompt_logprobs or 0) # each with a table of its own
-    of_token = body.logprobs or 0
-    n = sum(len(s.prompt_ids)*of_prompt + (s.max_new_tokens + len(s.prompt_ids)*body.echo)*of_token for s in sequences)
-    if n <= limit: return
-    raise APIError(400, f"The answer could have {n:,} log-probabilities; at most {limit:,} can be given. "
-                        "Lower logprobs, n or max_tokens.", "logprobs")

@@ -19,7 +19,6 @@ class ScoredToken(NamedTuple):
     logprob: float | None = None # Log-probability, the model's own; None: not asked for, or nothing came before
     top_logprobs: dict[int, float] | None = None # Those of the most probable ids
 
-# %% ../nbs/library/sequences.ipynb #dc3bdbd6
 @dataclass(eq=False)
 class SequenceRequest:
     "A sequence to continue, and how."
