@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .batching import join_batch, leave_batch
 from .checks import InputError
-from .decoding import Decoder, decoder_for
+from .decoding import Decoder, decoder_for, pad_left
 from .inference import make_sampler
 from .sequences import ScoredToken, SequenceRequest
 
@@ -160,11 +160,9 @@ def prefill(self: Engine,
     prompts: list[tuple], # Ids
 ) -> Decoder: # Or the model's own
     "The keys and values of all tokens but the last of each, which goes through the model in the step of all."
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    padded = [[self.tokenizer.pad_token_id]*n + [*prompt] for n, prompt in zip(padding, prompts)]
-    prefilled = decoder_for(self.model)(self.model, torch.tensor(padding, device=self.model.device))
-    prefilled(torch.tensor(padded, device=self.model.device))
+    ids, padding = pad_left(self.tokenizer, prompts, self.model.device)
+    prefilled = decoder_for(self.model)(self.model, padding)
+    prefilled(ids)
     prefilled.seq_len -= 1
     return prefilled
 
