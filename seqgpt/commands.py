@@ -83,14 +83,14 @@ def with_default_data(
     from seqgpt.corpora import digit_vocab, write_digits
     from seqgpt.files import atomic_write
     from seqgpt.preparing import check_run, check_shape
-    from seqgpt.progress import is_first_process
+    from seqgpt.progress import is_main_process
     if config.data_path is not None or config.init_from is not None: return config
     if config.vocab_path: raise InputError("A vocabulary without data. Name the data with --data_path.")
     data = Path(config.output_dir)/"data"
     config = replace(config, data_path=str(data))
     check_run(config)
     check_shape(config, digit_vocab())
-    if is_first_process() and not data.exists():
+    if is_main_process() and not data.exists():
         with atomic_write(data) as part: write_digits(part)
     return config
 
@@ -166,14 +166,14 @@ def train_command(
     "Trains, evaluates the best model and, of a language model, draws samples; shows simple predictors next to it."
     from seqgpt.checkpoints import resume_command
     from seqgpt.files import remove_partial
-    from seqgpt.progress import is_first_process
+    from seqgpt.progress import is_main_process
     from seqgpt.runs import Finished, lock_run
     from seqgpt.training import train
     try: run = train(with_default_data(config), named=named)
     except Finished as e:
         run = finished_run(e)
         if run is None: raise
-    if not is_first_process(): return
+    if not is_main_process(): return
     out = run.output_dir
     with lock_run(out):
         for folder in (out, out/"best_model/evaluation"): remove_partial(folder)

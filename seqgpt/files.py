@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .checks import InputError, user_path
-from .progress import is_first_process, tqdm
+from .progress import is_main_process, tqdm
 
 # %% ../nbs/library/files.ipynb #6000eddf
 def sync(
@@ -117,7 +117,7 @@ def locked(
     try: lock.acquire(blocking=False)
     except Timeout:
         if not wait: raise InputError(taken) from None
-        if is_first_process(): tqdm.write(taken)
+        if is_main_process(): tqdm.write(taken)
         lock.acquire()
     try: yield
     finally: lock.release()

@@ -8,12 +8,12 @@ __all__ = ['training_arguments', 'set_steps', 'task_setup', 'same_steps', 'check
 # %% ../nbs/library/preparing.ipynb #c542ccb5
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainingArguments
 from transformers.optimization import get_scheduler
 
 from .checkpoints import checkpoints_in
@@ -21,11 +21,12 @@ from .checks import InputError, counted, read_json
 from .config import Config, check_config, read_config
 from .data import Split, class_names, collate
 from .devices import fsdp_enabled, pick_precision
+from .encoding import Corpus
 from .metrics import ExactMetrics, balanced_weights, class_guesses, class_loss, class_metrics
 from .metrics import token_metrics, token_sums
 from .model import make_config, new_model
-from .progress import is_first_process, tqdm
-from .resolving import StartingPoint, data_source, make_vocab, special_tokens, start_from
+from .progress import is_main_process, tqdm
+from .resolving import DataSource, StartingPoint, data_source, make_vocab, special_tokens, start_from
 from .tokenizer import add_framing, make_tokenizer
 from .transfer import freeze, init_from
 
@@ -106,9 +107,9 @@ def same_steps(
     if rest:
         choice = f"a number of processes that divides {step}"
         if step % processes == 0: choice = f"a --batch_size that divides {step // processes}"
-        raise InputError(f"{out}: cannot go on, because a step of the interrupted run saw {step} sequences, "
+        raise InputError(f"{out}: cannot go on, because a step of the earlier run saw {step} sequences, "
                          f"and batches {where} do not add up to that.\nChoose {choice}.")
-    if parts != config.gradient_accumulation_steps and is_first_process():
+    if parts != config.gradient_accumulation_steps and is_main_process():
         tqdm.write(f"Each step will see {step} sequences, as before: {counted(parts, 'batch', 'batches')} {where} "
                    f"(--gradient_accumulation_steps {parts}).")
     return replace(config, gradient_accumulation_steps=parts)
@@ -140,22 +141,31 @@ def check_shape(
     tokenizer = make_tokenizer(vocab, **special_tokens(config))
     make_config(tokenizer, config.max_length, config.n_layer, config.n_head, config.n_embd, **config.model)
 
+# %% ../nbs/library/preparing.ipynb #f1a5c0d9
 @dataclass
 class PreparedRun:
     "Everything that a training needs, and nothing is written yet; raises `InputError` where there can be no such run."
     config: Config # Afterwards as it was resolved
-    named: set[str] = frozenset() # See `start_from`
+    named: InitVar[set[str]] = frozenset() # See `start_from`
+    start: StartingPoint | None = field(init=False) # The model that it starts from
+    source: DataSource = field(init=False)
+    tokenizer: PreTrainedTokenizerFast = field(init=False)
+    corpus: Corpus = field(init=False) # All the data
+    split: Split = field(init=False) # Its two parts
+    model: GPT2LMHeadModel | GPT2ForSequenceClassification = field(init=False)
+    args: TrainingArguments = field(init=False)
+    task_arguments: dict = field(init=False) # More arguments of `Trainer`, from `task_setup`
 
-    def __post_init__(self):
-        config = start_from(self.config, self.named)
+    def __post_init__(self, named):
+        config = start_from(self.config, named)
         check_run(config)
         self.config = config = same_steps(config, int(os.environ.get("WORLD_SIZE", 1)))
-        self.start = config.init_from and StartingPoint(config.init_from)
-        source = data_source(config)
-        self.tokenizer = make_vocab(source, special_tokens(config), self.start)
+        self.start = StartingPoint(config.init_from) if config.init_from else None
+        self.source = data_source(config)
+        self.tokenizer = make_vocab(self.source, special_tokens(config), self.start)
         shape = partial(make_config, self.tokenizer, config.max_length, config.n_layer, config.n_head, config.n_embd)
         shape(**config.model) # a mistake shows before the data is read
-        self.corpus, self.split = source.load(self.tokenizer)
+        self.corpus, self.split = self.source.load(self.tokenizer)
         balanced = config.class_weights == "balanced"
         self.task_arguments, classes = task_setup(config.task, self.split, self.tokenizer, balanced, config.data_path)
         self.tokenizer.model_max_length = config.max_length # where others cut off what is too long
@@ -163,5 +173,9 @@ class PreparedRun:
         self.model = new_model(shape(classes=classes, **config.model), config.seed, config.task) # before its first step
         if self.start: init_from(self.model, self.tokenizer, self.start.folder, config.new_symbols)
         freeze(self.model, config.frozen_layers, config.lora_rank)
-        self.output_dir = Path(config.output_dir)
-        self.first = self.args.process_index == 0 # of several processes, one writes
+
+    @property
+    def output_dir(self) -> Path: return Path(self.config.output_dir)
+
+    @property
+    def is_main_process(self) -> bool: return self.args.process_index == 0 # of several, one writes

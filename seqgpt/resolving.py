@@ -28,17 +28,17 @@ from .tokenizer import SPECIALS, load_tokenizer, make_tokenizer, read_vocab
 class DataSource:
     "The sequences that a run learns from and is validated on."
     data_path: str # A file or a folder
-    vocab_path: str | None = None # Default: `vocab.json` next to the data
-    max_length: int | None = None # Tokens; None: any
-    long: str = "truncate" # What to do with longer sequences
-    skip_bad_lines: bool = False
-    validation_path: str | None = None # Default: some of `data_path`
-    validation_fraction: float = 0.2
-    split: str = "sample" # How these are chosen: sample or content
-    streaming: bool = False # Read while training
-    cache_dir: str | None = None
-    seed: int = 42 # Of the split
-    task: str = "clm"
+    vocab_path: str | None # None: `vocab.json` next to the data
+    max_length: int # Tokens
+    long: str # What to do with longer sequences
+    skip_bad_lines: bool
+    validation_path: str | None # None: some of `data_path`
+    validation_fraction: float
+    split: str # How these are chosen: sample or content
+    streaming: bool # Read while training
+    cache_dir: str | None
+    seed: int # Of the split
+    task: str
 
     def read(self,
         path: str,
@@ -59,16 +59,16 @@ class DataSource:
         labelled = self.task == "classification"
         corpus = self.read(self.data_path, tokenizer, [] if labelled else None)
         if not self.validation_path:
-            how = self.validation_fraction, self.seed, self.split, labelled
-            return corpus, split_corpus(corpus.dataset, *how)
+            split = split_corpus(corpus.dataset, self.validation_fraction, self.seed, self.split, labelled)
+            return corpus, split
         classes = class_names(corpus.dataset.unique("label")) if labelled else None
         other = self.read_validation(corpus, tokenizer, classes)
         return corpus, given_split(corpus.dataset, other)
 
     def open_stream(self, tokenizer):
         fraction = 0 if self.validation_path else self.validation_fraction
-        how = self.max_length, self.long, self.skip_bad_lines, fraction, self.seed
-        corpus, split = stream_corpus(self.data_path, tokenizer, *how)
+        corpus, split = stream_corpus(
+            self.data_path, tokenizer, self.max_length, self.long, self.skip_bad_lines, fraction, self.seed)
         if not self.validation_path: return corpus, split
         other = self.read_validation(corpus, tokenizer, None)
         split.train.excluded = column(other, "digest")
@@ -110,17 +110,17 @@ def special_tokens(
 
 def make_vocab(
     source: DataSource,
-    named: dict[str, str | None], # Special tokens that have an unusual name, by role
+    specials: dict[str, str | None], # From `special_tokens`
     start=None, # The `StartingPoint`, if there is one
 ): # A tokenizer
     "The tokenizer of a data source."
     path = find_vocab(source.data_path, source.vocab_path)
-    if not start: return make_tokenizer(path, **named)
+    if not start: return make_tokenizer(path, **specials)
     known = start.tokenizer
     if not path.exists() and not source.vocab_path: return known
     vocab = read_vocab(path)
     before = {role: getattr(known, role) for role in SPECIALS}
-    roles = {role: named[role] or (symbol if symbol in vocab else None) for role, symbol in before.items()}
+    roles = {role: specials[role] or (symbol if symbol in vocab else None) for role, symbol in before.items()}
     return make_tokenizer(vocab, str(path), **roles)
 
 # %% ../nbs/library/resolving.ipynb #b09a91b7

@@ -75,7 +75,7 @@ def make_trainer(
         run.model, args, train_dataset=split.train, eval_dataset=select(split.validation, by_length),
         processing_class=run.tokenizer, bf16_weights=args.use_cpu and pick_precision(config.precision) == "bf16",
         optimizers=(muon, None), callbacks=callbacks, **run.task_arguments)
-    if run.first and fsdp_enabled() and not trainer.is_fsdp_enabled:
+    if run.is_main_process and fsdp_enabled() and not trainer.is_fsdp_enabled:
         tqdm.write("Accelerate shares a model out on GPUs only: here each process has all of it.")
     if trainer.pop_callback(ProgressCallback): trainer.add_callback(Bar())
     return trainer
@@ -136,18 +136,18 @@ def train(
     wait = run.args.distributed_state.wait_for_everyone
     save = partial(save_model, tokenizer=run.tokenizer, config=run.config)
     best = KeepBest(out/"best_model", save, run.config.early_stopping_patience)
-    with lock_run(out) if run.first else contextlib.nullcontext(), StopOnSignal() as stop:
+    with lock_run(out) if run.is_main_process else contextlib.nullcontext(), StopOnSignal() as stop:
         checkpoint, done = find_checkpoint(run)
         wait() # all have read what is now written anew
-        if run.first: begin_run(run)
+        if run.is_main_process: begin_run(run)
         trainer = make_trainer(run, [StopWhenDiverged(), best, stop, *callbacks])
         if done: trainer.load_checkpoint(checkpoint)
         else: run_trainer(trainer, checkpoint, out)
         history = trainer.state.log_history
-        if run.first: save_curves(history, out)
-        if stop.stop_requested: raise Interrupted(stopped(trainer, out) if run.first else "")
+        if run.is_main_process: save_curves(history, out)
+        if stop.stop_requested: raise Interrupted(stopped(trainer, out) if run.is_main_process else "")
         if not any("eval_loss" in log for log in history): trainer.evaluate() # stopped before the first validation
         model = gather_model(trainer.accelerator.unwrap_model(trainer.model))
-        if run.first: save(out/"final_model", model, metrics=validation_metrics(history))
+        if run.is_main_process: save(out/"final_model", model, metrics=validation_metrics(history))
         wait() # to read what is written
     return Run(out, read_json(out/"best_model/metrics.json"), history, run.config)
