@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'SHIPPED', 'LARGEST_PAGE', 'PAGE_POLICY', 'write_models', 'shipped_text', 'page_data', 'write_page',
-           'draw_tokens', 'timed_calls', 'measure_speed', 'measure_quality', 'measure', 'as_cell', 'Exported',
-           'export_card', 'quality_data', 'write_programs', 'compare', 'export_folder']
+           'draw_tokens', 'timed_calls', 'measure_speed', 'measure_quality', 'add_measurements', 'as_cell', 'Exported',
+           'export_card', 'quality_data', 'write_programs', 'check_against_pytorch', 'export_folder']
 
 # %% ../nbs/library/onnx_folder.ipynb #f9f2d0f5
 import gzip
@@ -149,25 +149,25 @@ def measure_quality(
     model, # Of PyTorch, or an `OnnxModel`
     tokenizer, # Its tokenizer
     data, # Columns `input_ids` and `label`
-    number: dict | None = None, # Of a classifier: the number of each label
+    label2id: dict | None = None, # Of a classifier
 ) -> dict: # Perplexity, or accuracy
     "How good a model is."
-    if number is None:
+    if label2id is None:
         return {"perplexity": rates(evaluate(model, tokenizer, data, num_samples=0).scores.total)["perplexity"]}
     found = predict(model, tokenizer, data["input_ids"]).argmax(1)
-    return {"accuracy": float(np.mean(found == [number[label] for label in data["label"]]))}
+    return {"accuracy": float(np.mean(found == [label2id[label] for label in data["label"]]))}
 
-def measure(
+def add_measurements(
     rows: list[dict], # One for each model; what is found is added
     models: list, # The first of PyTorch
     tokenizer, # Their tokenizer
     data, # Columns `input_ids` and `label`; None: quality is not measured
-    number: dict | None = None, # Of a classifier: the number of each label
+    label2id: dict | None = None, # Of a classifier
 ):
     "How good each model is, and, by turns, how fast."
     if data:
         for row, model in zip(rows, tqdm(models, desc="Measuring", unit="file", leave=False)):
-            row |= measure_quality(model, tokenizer, data, number)
+            row |= measure_quality(model, tokenizer, data, label2id)
     for row, speed in zip(rows, measure_speed(models, tokenizer)): row["speed"] = speed
 
 # %% ../nbs/library/onnx_folder.ipynb #c370d405
@@ -242,7 +242,7 @@ def write_programs(
     if smallest.stat().st_size <= LARGEST_PAGE: write_page(smallest, folder/"page.html")
 
 # %% ../nbs/library/onnx_folder.ipynb #605270de
-def compare(
+def check_against_pytorch(
     rows: Exported, # One for each model; what is found is added
     models: list, # The first of PyTorch
     task: str, # "clm" or "classification"
@@ -271,9 +271,9 @@ def export_folder(
         model, tokenizer = load_folder(model_path)
         task = task_of(model_path)
         size = (model_path/"model.safetensors").stat().st_size
-        number = model.config.label2id if task == "classification" else None
+        label2id = model.config.label2id if task == "classification" else None
         data = quality_data(model_path, model, tokenizer, data_path, skip_bad_lines=skip_bad_lines,
-                            classes=number and list(number), cache_dir=cache_dir)
+                            classes=label2id and list(label2id), cache_dir=cache_dir)
         with atomic_write(out_dir) as part:
             part.mkdir()
             save_tokenizer(tokenizer, part)
@@ -284,8 +284,8 @@ def export_folder(
             rows = Exported([{"file": "model.safetensors", "bytes": size},
                              *({"file": file.name, "bytes": file.stat().st_size} for file in files)])
             models = [model, *(OnnxModel(file, task) for file in files)]
-            compare(rows, models, task)
-            measure(rows, models, tokenizer, data, number)
+            check_against_pytorch(rows, models, task)
+            add_measurements(rows, models, tokenizer, data, label2id)
             (part/"README.md").write_text(export_card(rows, model, tokenizer, task), encoding="utf-8")
             written = [*sorted(p.name for p in part.iterdir()), "export.json"]
             about = {"opset": OPSET, "files": rows, "written": written}

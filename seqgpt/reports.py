@@ -166,18 +166,18 @@ def evaluate_classifier(
     "Evaluates a trained classifier; raises `InputError` where model or data are missing or do not fit."
     model, tokenizer = load_folder(model_path, "classification")
     if torch.cuda.is_available(): model.cuda()
-    number = model.config.label2id
+    label2id = model.config.label2id
     dataset, train, source = evaluation_data(
-        model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, list(number), cache_dir)
+        model_path, tokenizer, model.config.n_positions, data_path, skip_bad_lines, list(label2id), cache_dir)
     try: best = bayes_accuracy(source, tokenizer, dataset) if source else None
     except InputError as e: # sequences cut off, or from elsewhere: measured without a bound
         tqdm.write(str(e))
         best = None
     logits = predict(model, tokenizer, dataset["input_ids"], batch_size)
-    to_number = np.vectorize(number.get, otypes=[int])
+    to_id = np.vectorize(label2id.get, otypes=[int])
     guessed = {} if train is None else sklearn_baselines(train, dataset, tokenizer)
-    baselines = {name: to_number(labels) for name, labels in guessed.items()}
-    return ClassEvaluation(sorted(number, key=number.get), logits, to_number(dataset["label"][:]), baselines, best)
+    baselines = {name: to_id(labels) for name, labels in guessed.items()}
+    return ClassEvaluation(sorted(label2id, key=label2id.get), logits, to_id(dataset["label"][:]), baselines, best)
 
 # %% ../nbs/library/reports.ipynb #fa3a8470
 def plot_classification(
