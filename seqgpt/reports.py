@@ -21,7 +21,7 @@ from .baselines import bayes_accuracy, sklearn_baselines
 from .checks import InputError, read_json, user_path
 from .classification import ClassEvaluation, predict
 from .config import check_config, run_config
-from .data import Split, given_split
+from .data import Split, count_shared
 from .encoding import read_corpus
 from .evaluation import Evaluation, evaluate
 from .files import atomic_write
@@ -85,7 +85,7 @@ def other_data(
     other = read_corpus(data_path, tokenizer, max_length, long="truncate", **how)
     tqdm.write(str(other))
     if split and isinstance(split.train, Dataset):
-        shared = given_split(split.train, other.dataset).shared
+        shared = count_shared(split.train, other.dataset)
         if shared: tqdm.write(f"{shared:,} of them stand in the training set.")
     return other.dataset
 

@@ -15,7 +15,7 @@ from transformers import GPT2Config
 
 from .checks import InputError
 from .config import Config, run_config
-from .data import Split, class_names, column, given_split, split_corpus
+from .data import Split, class_names, column, given_split, train_validation_split
 from .encoding import Corpus, read_corpus
 from .loading import saved_config
 from .model import make_config
@@ -60,7 +60,7 @@ class DataSource:
         corpus = self.read(self.data_path, tokenizer, [] if labelled else None)
         if not self.validation_path:
             how = self.validation_fraction, self.seed, self.split, labelled
-            return corpus, split_corpus(corpus.dataset, *how)
+            return corpus, train_validation_split(corpus.dataset, *how)
         classes = class_names(corpus.dataset.unique("label")) if labelled else None
         other = self.read_validation(corpus, tokenizer, classes)
         return corpus, given_split(corpus.dataset, other)

@@ -18,7 +18,7 @@ from transformers import TrainerState
 from .checkpoints import checkpoints_in, read_checkpoint, resume_command, weights_fit
 from .checks import InputError, read_json
 from .config import read_config, write_config
-from .data import Split, class_names, given_split
+from .data import Split, class_names, count_shared
 from .files import atomic_write, locked, remove, remove_partial
 from .metrics import out_of_patience
 from .model import count_parameters
@@ -213,7 +213,7 @@ def warn_of_leak(
     except InputError:
         return tqdm.write(f"What {start.folder} was trained on is gone: whether the sequences to validate on were "
                           "among it cannot be told.")
-    seen = given_split(train, run.split.validation).shared
+    seen = count_shared(train, run.split.validation)
     if seen > run.split.shared:
         tqdm.write(f"{start.folder} was trained on {seen:,} of the sequences to validate on, so they flatter. "
                    f"The --seed of that training, {start.config.seed}, gives its split.")
