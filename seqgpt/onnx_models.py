@@ -45,11 +45,11 @@ class OnnxDecoder(Decoder):
 
     def prefill(self, ids):
         "All tokens at once."
-        sequences = len(ids)
-        if self.padding is None: self.padding = ids.new_zeros(sequences)
+        batch_size = len(ids)
+        if self.padding is None: self.padding = ids.new_zeros(batch_size)
         self.seq_len = 0
         self.bound = None
-        self.kv_cache = [torch.zeros(sequences, heads, 0, size) for heads, size in self.model.cache_shapes.values()]
+        self.kv_cache = [torch.zeros(batch_size, heads, 0, size) for heads, size in self.model.cache_shapes.values()]
         logits = self.decode(ids)
         if not (self.use_cache and self.kv_cache): self.seq_len = 0
         return logits
@@ -80,12 +80,12 @@ class OnnxDecoder(Decoder):
 
     def grow_cache(self, total):
         "Keys and values, and where they go: in place, or into memory for `total` tokens."
-        sequences = len(self.padding)
+        batch_size = len(self.padding)
         if self.model.cache == "in place":
             self.make_room(total)
-            cache = [t[:sequences] for t in self.kv_cache]
+            cache = [t[:batch_size] for t in self.kv_cache]
             return cache, cache
-        past = [t[:sequences, :, :int(self.seq_len)].contiguous() for t in self.kv_cache]
+        past = [t[:batch_size, :, :int(self.seq_len)].contiguous() for t in self.kv_cache]
         self.kv_cache = [t.new_empty(*t.shape[:2], total, t.shape[3]) for t in past]
         return past, self.kv_cache
 
