@@ -430,6 +430,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'seqgpt.limits.mean_scores': ('library/limits.html#mean_scores', 'seqgpt/limits.py')},
             'seqgpt.loading': { 'seqgpt.loading.check_header': ('library/loading.html#check_header', 'seqgpt/loading.py'),
                                 'seqgpt.loading.check_task': ('library/loading.html#check_task', 'seqgpt/loading.py'),
+                                'seqgpt.loading.config_task': ('library/loading.html#config_task', 'seqgpt/loading.py'),
                                 'seqgpt.loading.load_folder': ('library/loading.html#load_folder', 'seqgpt/loading.py'),
                                 'seqgpt.loading.load_model': ('library/loading.html#load_model', 'seqgpt/loading.py'),
                                 'seqgpt.loading.model_version': ('library/loading.html#model_version', 'seqgpt/loading.py'),

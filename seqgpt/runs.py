@@ -20,6 +20,7 @@ from .checks import InputError, read_json
 from .config import read_config, write_config
 from .data import Split, class_names, count_shared
 from .files import atomic_write, locked, remove, remove_partial
+from .loading import WEIGHTS_FILE
 from .metrics import out_of_patience
 from .model import count_parameters
 from .preparing import PreparedRun
@@ -133,7 +134,7 @@ def find_checkpoint(
         return None, False
     check_same_run(run)
     if not weights_fit(checkpoint, run.model):
-        raise InputError(f"{checkpoint}/model.safetensors: holds the weights of another model. "
+        raise InputError(f"{checkpoint}/{WEIGHTS_FILE}: holds the weights of another model. "
                          f"Delete {checkpoint} to go on from the one before.")
     patience = run.config.early_stopping_patience
     done = state.global_step >= run.args.max_steps or out_of_patience(state.log_history, patience)
