@@ -571,6 +571,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'seqgpt.plots.plot_batch': ('library/plots.html#plot_batch', 'seqgpt/plots.py'),
                               'seqgpt.plots.plot_curves': ('library/plots.html#plot_curves', 'seqgpt/plots.py'),
                               'seqgpt.plots.plot_images': ('library/plots.html#plot_images', 'seqgpt/plots.py'),
+                              'seqgpt.plots.plot_level': ('library/plots.html#plot_level', 'seqgpt/plots.py'),
                               'seqgpt.plots.plot_next': ('library/plots.html#plot_next', 'seqgpt/plots.py'),
                               'seqgpt.plots.plot_prefix_probabilities': ('library/plots.html#plot_prefix_probabilities', 'seqgpt/plots.py'),
                               'seqgpt.plots.save_curves': ('library/plots.html#save_curves', 'seqgpt/plots.py'),
