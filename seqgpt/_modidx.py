@@ -575,6 +575,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'seqgpt.plots.plot_next': ('library/plots.html#plot_next', 'seqgpt/plots.py'),
                               'seqgpt.plots.plot_prefix_probabilities': ('library/plots.html#plot_prefix_probabilities', 'seqgpt/plots.py'),
                               'seqgpt.plots.save_curves': ('library/plots.html#save_curves', 'seqgpt/plots.py'),
+                              'seqgpt.plots.save_figure': ('library/plots.html#save_figure', 'seqgpt/plots.py'),
                               'seqgpt.plots.series': ('library/plots.html#series', 'seqgpt/plots.py'),
                               'seqgpt.plots.write_cells': ('library/plots.html#write_cells', 'seqgpt/plots.py')},
             'seqgpt.preparing': { 'seqgpt.preparing.PreparedRun': ('library/preparing.html#preparedrun', 'seqgpt/preparing.py'),

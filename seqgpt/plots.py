@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CELL_COLOURS', 'ARROW_ROOM', 'MAX_WIDTH', 'cell_colours', 'batch_rows', 'write_cells', 'draw_arrows', 'plot_batch',
-           'ink_colours', 'plot_images', 'series', 'mark_levels', 'plot_level', 'plot_curves', 'save_curves',
-           'plot_next', 'plot_prefix_probabilities']
+           'ink_colours', 'plot_images', 'series', 'mark_levels', 'plot_level', 'plot_curves', 'save_figure',
+           'save_curves', 'plot_next', 'plot_prefix_probabilities']
 
 # %% ../nbs/library/plots.ipynb #53e7bc78
 import math
@@ -203,16 +203,22 @@ def plot_curves(
     return fig
 
 # %% ../nbs/library/plots.ipynb #39c56a6e
+def save_figure(
+    figure, # Closed afterwards
+    path: Path, # A PNG file
+):
+    "Writes a figure into a file."
+    import matplotlib.pyplot as plt
+    with atomic_write(path) as part: figure.savefig(part, format="png", dpi=120)
+    plt.close(figure)
+
 def save_curves(
     history: list[dict], # Of a `Run`
     folder: Path, # Where to write `training_curves.png`
     lines: dict[str, float] = {}, # As for `plot_curves`
 ):
     "Draws the curves into a file."
-    import matplotlib.pyplot as plt
-    figure = plot_curves(history, lines)
-    with atomic_write(folder/"training_curves.png") as part: figure.savefig(part, format="png", dpi=120)
-    plt.close()
+    save_figure(plot_curves(history, lines), folder/"training_curves.png")
 
 # %% ../nbs/library/plots.ipynb #3cd4e3a0
 def plot_next(
