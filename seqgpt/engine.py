@@ -56,7 +56,7 @@ class Engine:
         self.sampler_for = lru_cache(64)(partial(make_sampler, tokenizer))
         self.dispatch = deliver_outputs
         self.steps = 0 # of the model so far
-        self.tokens = 0 # that they gave
+        self.tokens = 0 # that they gave: tokens/steps is how full the batches were
         self.reset()
 
     def reset(self):
