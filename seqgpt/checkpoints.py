@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import TrainerState
 
 from .devices import fsdp_enabled
+from .loading import WEIGHTS_FILE
 from .progress import tqdm
 
 # %% ../nbs/library/checkpoints.ipynb #12e8581c
@@ -83,7 +84,7 @@ def read_checkpoint(
 ) -> TrainerState | None: # None if the checkpoint is damaged; that is said
     "What `Trainer` wrote down until then."
     try:
-        with safe_open(checkpoint/"model.safetensors", "pt"): pass # checks that the file is as long as it says
+        with safe_open(checkpoint/WEIGHTS_FILE, "pt"): pass # checks that the file is as long as it says
         load_state(checkpoint/"state.safetensors", "schedule", "scaler", "last_logged")
         state = TrainerState.load_from_json(checkpoint/"trainer_state.json")
         if state.global_step != checkpoint_step(checkpoint):
@@ -101,7 +102,7 @@ def weights_fit(
     "Whether a checkpoint has the weights of such a model."
     tied = "lm_head.weight" # to the token embedding
     expected = {name: list(t.shape) for name, t in model.state_dict().items() if name != tied}
-    with safe_open(checkpoint/"model.safetensors", "pt") as f:
+    with safe_open(checkpoint/WEIGHTS_FILE, "pt") as f:
         return expected == {name: f.get_slice(name).get_shape() for name in f.keys() if name != tied}
 
 # %% ../nbs/library/checkpoints.ipynb #23b195a5

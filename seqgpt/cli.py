@@ -28,8 +28,8 @@ class Verb:
     "What a word of the command line does, and which flags it takes."
     function: str # module:function, imported when the verb runs
     help: str # What it does, and an example
-    flags: tuple[str, ...] = () # module:name of what has parameters that are flags; default: the function
-    config: bool = False # Whether these are a configuration, which can also be a preset
+    flag_sources: tuple[str, ...] = () # module:name of what has parameters that are flags; default: the function
+    takes_config: bool = False # Whether these are a configuration, which can also be a preset
 
 VERBS = {
     "corpus digits": Verb(
@@ -38,21 +38,21 @@ VERBS = {
     "corpus markov": Verb(
         "seqgpt.commands:corpus_markov_command",
         "write sequences whose best possible scores are known: seqgpt corpus markov --out_dir markov",
-        flags=("seqgpt.commands:corpus_markov_command", "seqgpt.markov:make_markov")),
+        flag_sources=("seqgpt.commands:corpus_markov_command", "seqgpt.markov:make_markov")),
     "corpus labelled": Verb(
         "seqgpt.commands:corpus_labelled_command",
         "put the labels in front of sequences: seqgpt corpus labelled --data_path digits --out_dir labelled"),
     "train": Verb(
         "seqgpt.commands:train_command",
         "train a model: seqgpt train --config quick",
-        flags=("seqgpt.config:Config",), config=True),
+        flag_sources=("seqgpt.config:Config",), takes_config=True),
     "evaluate": Verb(
         "seqgpt.commands:evaluate_command",
         "measure a model: seqgpt evaluate --model_path outputs/best_model"),
     "infer": Verb(
         "seqgpt.console:infer_command",
         "ask a model: seqgpt infer --model_path outputs/best_model --mode interactive",
-        flags=("seqgpt.console:InferSettings",)),
+        flag_sources=("seqgpt.console:InferSettings",)),
     "export": Verb(
         "seqgpt.commands:export_command",
         "write it as ONNX: seqgpt export --model_path outputs/best_model"),
@@ -88,11 +88,11 @@ def run_verb(
     "Reads the flags and does what the verb says."
     verb = VERBS[name]
     files, flags = split_files(words)
-    files = [settings_file(file, verb.config) for file in files]
-    targets = [load_object(target) for target in verb.flags or [verb.function]]
+    files = [settings_file(file, verb.takes_config) for file in files]
+    targets = [load_object(source) for source in verb.flag_sources or [verb.function]]
     given = read_flags(name, targets, files, flags)
     function = load_object(verb.function)
-    if verb.config: function(*read_config_flags(given, files, flags))
+    if verb.takes_config: function(*read_config_flags(given, files, flags))
     else: function(**given)
 
 # %% ../nbs/10_cli.ipynb #1ee1b251

@@ -46,10 +46,10 @@ class DecoderBlock:
         mask, # (sequences * heads, 1, tokens)
     ):
         "What the newest token takes over from the tokens that it may see."
-        sequences = len(q)
+        batch_size = len(q)
         q = q.reshape(len(mask), 1, -1)
         attn_weights = torch.baddbmm(mask, q, keys, alpha=self.scaling).softmax(-1)
-        mixed = torch.bmm(attn_weights, values).view(sequences, -1)
+        mixed = torch.bmm(attn_weights, values).view(batch_size, -1)
         return small_batch_linear(mixed, *self.attn_proj)
 
     def mlp(self, x):
@@ -100,15 +100,15 @@ class Decoder:
 @patch
 def prefill(self: Decoder, ids):
     "All tokens at once, through the model."
-    sequences, tokens = ids.shape
-    if self.padding is None: self.padding = ids.new_zeros(sequences)
-    place = torch.arange(tokens, device=ids.device) - self.padding[:, None]
+    batch_size, seq_len = ids.shape
+    if self.padding is None: self.padding = ids.new_zeros(batch_size)
+    place = torch.arange(seq_len, device=ids.device) - self.padding[:, None]
     positions = place.clamp(0, self.model.config.n_positions - 1) # one that has ended may be beyond the last
     cache = DynamicCache(config=self.model.config)
     logits = self.model(ids, attention_mask=(place >= 0).long(), position_ids=positions,
                         past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     if not self.use_cache: return logits
-    self.seq_len = tokens
+    self.seq_len = seq_len
     pairs = [(layer.keys.transpose(2, 3), layer.values) for layer in cache.layers]
     self.kv_cache = [t.contiguous() for pair in pairs for t in pair]
     return logits
@@ -116,10 +116,10 @@ def prefill(self: Decoder, ids):
 # %% ../nbs/library/decoding.ipynb #81095e6c
 @patch
 def make_room(self: Decoder,
-    tokens: int, # That must fit
+    seq_len: int, # Tokens of each sequence that must fit
 ):
     "Where there is too little room for keys and values, makes enough, and for a hundred tokens more."
-    lacking = tokens - self.kv_cache[0].shape[self.token_axes[0]]
+    lacking = seq_len - self.kv_cache[0].shape[self.token_axes[0]]
     if lacking <= 0: return
     self.kv_cache = [F.pad(t, (0, 0)*(3 - axis) + (0, lacking + 100))
                      for t, axis in zip(self.kv_cache, cycle(self.token_axes))]
@@ -136,16 +136,16 @@ def select(self: Decoder,
 
 # %% ../nbs/library/decoding.ipynb #5de62b39
 @patch
-def mask(self: Decoder,
-    sequences: int,
+def attention_mask(self: Decoder,
+    batch_size: int, # Sequences
     total: int, # Tokens, the new one included
 ) -> torch.Tensor: # (sequences * heads, 1, total)
     "Minus infinity where nothing may be seen: in the padding, and after the end of a shorter sequence."
     place = torch.arange(total, device=self.padding.device)
     last = torch.as_tensor(self.seq_len, device=place.device).view(-1, 1) # (1, 1), or (sequences, 1)
     hidden = (place < self.padding[:, None]) | (place > last)
-    mask = torch.zeros(sequences, total, dtype=self.model.transformer.wte.weight.dtype, device=place.device)
-    mask = mask.masked_fill(hidden, -torch.inf)
+    zeros = torch.zeros(batch_size, total, dtype=self.model.transformer.wte.weight.dtype, device=place.device)
+    mask = zeros.masked_fill(hidden, -torch.inf)
     return mask.repeat_interleave(self.model.config.n_head, 0)[:, None] # the same for each head
 
 # %% ../nbs/library/decoding.ipynb #3bc4e017
@@ -157,7 +157,7 @@ def decode(self: Decoder,
     gpt = self.model.transformer
     total = int(torch.as_tensor(self.seq_len).max()) + 1
     self.make_room(total)
-    mask = self.mask(len(token), total)
+    mask = self.attention_mask(len(token), total)
     position = (self.seq_len - self.padding).clamp(max=len(gpt.wpe.weight) - 1) # as in `prefill`
     x = F.embedding(token, gpt.wte.weight) + F.embedding(position, gpt.wpe.weight)
     for layer, block in enumerate(self.blocks):
@@ -175,12 +175,13 @@ def append(self: Decoder,
     v, # The same shape
 ):
     "Writes a key and a value of each sequence into the cache; gives what is there, with a row for each head."
-    keys, values = self.kv_cache[2*layer:2*layer + 2] # perhaps with rows to spare
-    sequences = len(k)
-    rows = slice(sequences) if isinstance(self.seq_len, int) else torch.arange(sequences)
+    keys = self.kv_cache[2*layer] # perhaps with rows to spare
+    values = self.kv_cache[2*layer + 1]
+    batch_size = len(k)
+    rows = slice(batch_size) if isinstance(self.seq_len, int) else torch.arange(batch_size)
     keys[rows, :, :, self.seq_len] = k
     values[rows, :, self.seq_len] = v
-    return keys[:sequences].flatten(0, 1), values[:sequences].flatten(0, 1)
+    return keys[:batch_size].flatten(0, 1), values[:batch_size].flatten(0, 1)
 
 # %% ../nbs/library/decoding.ipynb #012271d7
 def decoder_for(

@@ -56,7 +56,7 @@ class Engine:
         self.sampler_for = lru_cache(64)(partial(make_sampler, tokenizer))
         self.dispatch = deliver_outputs
         self.steps = 0 # of the model so far
-        self.tokens = 0 # that they gave
+        self.tokens = 0 # that they gave: tokens/steps is how full the batches were
         self.reset()
 
     def reset(self):
@@ -120,13 +120,13 @@ def schedule(self: Engine) -> list[SequenceRequest]:
     "Takes the sequences that can join now out of the queue."
     joining = []
     new_prompts = set()
-    tokens = 0
+    num_tokens = 0 # of their prompts
     while self.waiting and len(self.running) + len(joining) < self.max_num_seqs:
         prompt = self.waiting[0][0].prompt
         if prompt not in self.prompt_cache and prompt not in new_prompts:
-            if joining and tokens + len(prompt) > MAX_PREFILL_TOKENS: break
+            if joining and num_tokens + len(prompt) > MAX_PREFILL_TOKENS: break
             new_prompts.add(prompt)
-            tokens += len(prompt)
+            num_tokens += len(prompt)
         request = self.waiting.popleft()
         joining.append(request.popleft())
         if request: self.waiting.append(request) # after those of others
@@ -146,7 +146,7 @@ def admit(self: Engine):
     try:
         for s in cached: join_batch(self.decoder, self.prompt_cache[s.prompt], [0], self.max_num_seqs)
         if new:
-            prefilled = self.prefill([*row_of])
+            prefilled = self.prefill_prompts([*row_of])
             join_batch(self.decoder, prefilled, [row_of[s.prompt] for s in new], self.max_num_seqs)
         self.prompt_cache = {prompt: d for prompt, d in self.prompt_cache.items() if prompt in needed_later}
         for prompt, row in row_of.items():
@@ -156,7 +156,7 @@ def admit(self: Engine):
     finally: self.running += cached + new
 
 @patch
-def prefill(self: Engine,
+def prefill_prompts(self: Engine,
     prompts: list[tuple], # Ids
 ) -> Decoder: # Or the model's own
     "The keys and values of all tokens but the last of each, which goes through the model in the step of all."
@@ -190,7 +190,7 @@ def sample(self: Engine,
 
 # %% ../nbs/library/engine.ipynb #0eda295f
 @patch
-def decode(self: Engine) -> list[tuple]: # As for `deliver_outputs`
+def decode_batch(self: Engine) -> list[tuple]: # As for `deliver_outputs`
     "One step of the model: a token for each sequence; those that have ended leave."
     last = [(s.output_ids or s.prompt_ids)[-1] for s in self.running]
     logits = self.decoder.decode(torch.tensor(last, device=self.model.device)).float().cpu()
@@ -230,7 +230,7 @@ def step(self: Engine):
     aborted = [row for row, sequence in enumerate(self.running) if sequence.aborted]
     for row in reversed(aborted): self.free_row(row)
     self.admit()
-    if self.running: self.dispatch(self.decode())
+    if self.running: self.dispatch(self.decode_batch())
 
 @patch
 def free_row(self: Engine, row: int):

@@ -28,7 +28,7 @@ from .evaluation import evaluate
 from .export import OPSET, quantize_int8, to_fp16, to_onnx
 from .files import atomic_write
 from .inference import make_sampler
-from .loading import load_folder, task_of
+from .loading import WEIGHTS_FILE, load_folder, task_of
 from .onnx_models import OnnxModel, head_size, max_abs_diff
 from .progress import tqdm
 from .reports import evaluation_data
@@ -270,7 +270,7 @@ def export_folder(
     with model_unchanged(out_dir):
         model, tokenizer = load_folder(model_path)
         task = task_of(model_path)
-        size = (model_path/"model.safetensors").stat().st_size
+        size = (model_path/WEIGHTS_FILE).stat().st_size
         label2id = model.config.label2id if task == "classification" else None
         data = quality_data(model_path, model, tokenizer, data_path, skip_bad_lines=skip_bad_lines,
                             classes=label2id and list(label2id), cache_dir=cache_dir)
@@ -281,7 +281,7 @@ def export_folder(
             if task == "clm": model.generation_config.save_pretrained(part)
             files = write_models(model, task, part)
             if task == "clm": write_programs(part)
-            rows = Exported([{"file": "model.safetensors", "bytes": size},
+            rows = Exported([{"file": WEIGHTS_FILE, "bytes": size},
                              *({"file": file.name, "bytes": file.stat().st_size} for file in files)])
             models = [model, *(OnnxModel(file, task) for file in files)]
             check_against_pytorch(rows, models, task)

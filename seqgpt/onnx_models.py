@@ -15,7 +15,7 @@ import torch
 
 from .checks import MODEL_REMEDY, InputError, existing_model, user_path
 from .decoding import Decoder
-from .loading import check_task, load_folder, saved_config
+from .loading import WEIGHTS_FILE, check_task, load_folder, saved_config
 from .model import TASKS
 from .tokenizer import load_tokenizer
 
@@ -45,11 +45,11 @@ class OnnxDecoder(Decoder):
 
     def prefill(self, ids):
         "All tokens at once."
-        sequences = len(ids)
-        if self.padding is None: self.padding = ids.new_zeros(sequences)
+        batch_size = len(ids)
+        if self.padding is None: self.padding = ids.new_zeros(batch_size)
         self.seq_len = 0
         self.bound = None
-        self.kv_cache = [torch.zeros(sequences, heads, 0, size) for heads, size in self.model.cache_shapes.values()]
+        self.kv_cache = [torch.zeros(batch_size, heads, 0, size) for heads, size in self.model.cache_shapes.values()]
         logits = self.decode(ids)
         if not (self.use_cache and self.kv_cache): self.seq_len = 0
         return logits
@@ -80,12 +80,12 @@ class OnnxDecoder(Decoder):
 
     def grow_cache(self, total):
         "Keys and values, and where they go: in place, or into memory for `total` tokens."
-        sequences = len(self.padding)
+        batch_size = len(self.padding)
         if self.model.cache == "in place":
             self.make_room(total)
-            cache = [t[:sequences] for t in self.kv_cache]
+            cache = [t[:batch_size] for t in self.kv_cache]
             return cache, cache
-        past = [t[:sequences, :, :int(self.seq_len)].contiguous() for t in self.kv_cache]
+        past = [t[:batch_size, :, :int(self.seq_len)].contiguous() for t in self.kv_cache]
         self.kv_cache = [t.new_empty(*t.shape[:2], total, t.shape[3]) for t in past]
         return past, self.kv_cache
 
@@ -116,7 +116,7 @@ def onnx_file(
         for name in ("fast.onnx", "model.onnx"):
             if (folder/name).is_file(): return folder/name
     remedy = f"Write them with: seqgpt export --model_path {path}"
-    if not (path/"model.safetensors").exists(): remedy = MODEL_REMEDY
+    if not (path/WEIGHTS_FILE).exists(): remedy = MODEL_REMEDY
     raise InputError(f"{path}: no fast.onnx or model.onnx there. {remedy}")
 
 # %% ../nbs/library/onnx_models.ipynb #41a93b42
@@ -145,8 +145,8 @@ class OnnxModel:
     ):
         self.file = onnx_file(path)
         folder = self.file.parent
-        check_task(folder, task, self.file.name)
         self.config = saved_config(folder, self.file.name)
+        check_task(self.config, task, folder, self.file.name)
         self.session = open_session(self.file)
         self.about = self.session.get_modelmeta().custom_metadata_map
         self.cache = self.about.get("cache", "none") # see `to_onnx`
@@ -225,7 +225,7 @@ def open_model(
     "A trained model, ready to be asked; raises `InputError` where there is none that fits."
     path = user_path(path)
     if runtime == "auto":
-        exported = path.suffix == ".onnx" or not (path/"model.safetensors").exists() and any(path.glob("*.onnx"))
+        exported = path.suffix == ".onnx" or not (path/WEIGHTS_FILE).exists() and any(path.glob("*.onnx"))
         runtime = "onnx" if exported else "pytorch"
     if runtime != "onnx": return load_folder(path, task)
     model = OnnxModel(path, task)

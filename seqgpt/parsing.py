@@ -45,14 +45,28 @@ def read_prompts(
         found.append(encode_one(tokenizer, symbols, field, where, n_positions, add_bos, add_eos, allow_eos))
     return found
 
-def check_prompt_ids(tokenizer, ids, field, where):
+def check_prompt_ids(
+    tokenizer, # Of the model
+    ids: list, # As they were sent
+    field: str, # For messages, as for `read_prompts`
+    where: str, # In that field, for messages; may be empty
+):
     "Raises `APIError` for what is not the id of a symbol."
     size = tokenizer.vocab_size
     unknown = [i for i in ids if not (isinstance(i, int) and 0 <= i < size)]
     if unknown:
         raise APIError(400, f"{where}{unknown[0]} is not the id of a symbol; they go from 0 to {size - 1}.", field)
 
-def encode_one(tokenizer, symbols, field, where, n_positions, add_bos, add_eos, allow_eos):
+def encode_one(
+    tokenizer, # Of the model
+    symbols: list[str], # As they were sent, perhaps with `<bos>` and `<eos>`
+    field: str, # For messages, as for `read_prompts`
+    where: str, # In that field, for messages; may be empty
+    n_positions: int, # Of the model
+    add_bos: bool, # Whether to put `<bos>` first, where it is not yet
+    add_eos: bool, # As for `read_prompts`
+    allow_eos: bool, # As for `read_prompts`
+) -> tuple[list[int], int]: # Ids; 1 where `<bos>` was added, otherwise 0
     "One of the sequences that `read_prompts` gives."
     bos = tokenizer.bos_token
     starts_with_bos = symbols[:1] == [bos]
@@ -104,7 +118,13 @@ def check_capacity(
                         "Send several requests.", field)
 
 # %% ../nbs/library/parsing.ipynb #ebd517f2
-def check_room(body, length, room, n_positions, bos):
+def check_room(
+    body: CompletionRequest,
+    length: int, # Tokens of the prompt
+    room: int, # Positions that are left
+    n_positions: int, # Of the model
+    bos: str, # `<bos>`, for the message
+):
     "Raises `APIError` where a prompt leaves too few positions for what is to come."
     needed = 1 if body.max_tokens is None else body.max_tokens
     if needed <= room: return
@@ -149,7 +169,14 @@ def parse_request(
     check_num_logprobs(body, sequences)
     return sequences
 
-def to_sequence(body, k, ids, max_new_tokens, stops, added_bos):
+def to_sequence(
+    body: CompletionRequest,
+    k: int, # From 0 to n - 1; added to the seed
+    ids: list[int], # Of the prompt
+    max_new_tokens: int,
+    stops: list[list[int]], # From `read_stops`
+    added_bos: int, # From `read_prompts`
+) -> SequenceRequest:
     "The k-th continuation of a prompt."
     sampling_params = body.temperature, max(0, body.top_k), body.top_p, body.repetition_penalty
     seed = None if body.seed is None else body.seed + k

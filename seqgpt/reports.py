@@ -21,7 +21,7 @@ from .baselines import bayes_accuracy, sklearn_baselines
 from .checks import InputError, read_json, user_path
 from .classification import ClassEvaluation, predict
 from .config import check_config, run_config
-from .data import Split, given_split
+from .data import Split, count_shared
 from .encoding import read_corpus
 from .evaluation import Evaluation, evaluate
 from .files import atomic_write
@@ -29,6 +29,7 @@ from .loading import load_folder
 from .markov import MarkovSource, load_source
 from .panels import plot_accuracy, plot_calibration, plot_comparison, plot_confusion, plot_distances
 from .panels import plot_f1, plot_labels, plot_positions, plot_sampled
+from .plots import save_figure
 from .progress import tqdm
 from .resolving import load_data
 from .samples import plotted_rows
@@ -85,7 +86,7 @@ def other_data(
     other = read_corpus(data_path, tokenizer, max_length, long="truncate", **how)
     tqdm.write(str(other))
     if split and isinstance(split.train, Dataset):
-        shared = given_split(split.train, other.dataset).shared
+        shared = count_shared(split.train, other.dataset)
         if shared: tqdm.write(f"{shared:,} of them stand in the training set.")
     return other.dataset
 
@@ -202,11 +203,8 @@ def write_evaluation(
     plot=plot_evaluation, # What draws it
 ):
     "Writes `metrics.json` and `evaluation.png`."
-    import matplotlib.pyplot as plt
     out = user_path(out_dir)
-    with warnings.catch_warnings(), atomic_write(out/"evaluation.png") as part:
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph") # a label in letters that the font lacks
-        figure = plot(evaluation)
-        figure.savefig(part, format="png", dpi=120)
-    plt.close(figure)
+        save_figure(plot(evaluation), out/"evaluation.png")
     with atomic_write(out/"metrics.json") as part: part.write_text(json.dumps(evaluation.metrics, indent=1) + "\n")

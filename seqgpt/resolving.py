@@ -15,7 +15,7 @@ from transformers import GPT2Config
 
 from .checks import InputError
 from .config import Config, run_config
-from .data import Split, class_names, column, given_split, split_corpus
+from .data import Split, class_names, column, given_split, train_validation_split
 from .encoding import Corpus, read_corpus
 from .loading import saved_config
 from .model import make_config
@@ -59,7 +59,8 @@ class DataSource:
         labelled = self.task == "classification"
         corpus = self.read(self.data_path, tokenizer, [] if labelled else None)
         if not self.validation_path:
-            split = split_corpus(corpus.dataset, self.validation_fraction, self.seed, self.split, labelled)
+            split = train_validation_split(
+                corpus.dataset, self.validation_fraction, self.seed, self.split, labelled)
             return corpus, split
         classes = class_names(corpus.dataset.unique("label")) if labelled else None
         other = self.read_validation(corpus, tokenizer, classes)

@@ -116,20 +116,29 @@ class ChoiceWriter:
         tokens: list[ScoredToken], # New ones
         finish_reason: str | None, # None: it goes on
     ) -> dict:
-        "A `CompletionChoice` of what is new."
-        body = self.body
-        is_first = not self.started
+        "A `CompletionChoice` of what is new; the first one also has what is asked for about the prompt."
+        if self.started: return self.write_part(tokens, finish_reason, echoed=[])
         self.started = True
-        echoed = self.echoed() if is_first and body.echo else []
-        tokens = echoed + tokens
-        text, offsets = self.add_text(tokens, len(echoed))
-        choice = {"index": self.index, "text": text, "finish_reason": finish_reason, "logprobs": None}
-        if body.logprobs is not None: choice["logprobs"] = to_logprobs(tokens, offsets, self.symbols, body.logprobs)
-        if body.return_token_ids: choice["token_ids"] = [t.id for t in tokens]
-        if is_first and body.return_token_ids: choice["prompt_token_ids"] = self.sequence.prompt_ids
-        if is_first and body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = to_prompt_logprobs(self.prompt, self.symbols, body.prompt_logprobs)
-        return choice
+        echoed = self.echoed() if self.body.echo else []
+        return self.write_part(tokens, finish_reason, echoed) | self.about_prompt()
+
+    def write_part(self, tokens, finish_reason, echoed):
+        "A `CompletionChoice` of tokens, with those of the prompt before them that are sent back."
+        shown = echoed + tokens
+        text, offsets = self.add_text(shown, len(echoed))
+        part = {"index": self.index, "text": text, "finish_reason": finish_reason, "logprobs": None}
+        top = self.body.logprobs
+        if top is not None: part["logprobs"] = to_logprobs(shown, offsets, self.symbols, top)
+        if self.body.return_token_ids: part["token_ids"] = [t.id for t in shown]
+        return part
+
+    def about_prompt(self):
+        "The ids of the prompt and what the model expected in their places, as far as it is asked for."
+        about = {}
+        top = self.body.prompt_logprobs
+        if self.body.return_token_ids: about["prompt_token_ids"] = self.sequence.prompt_ids
+        if top is not None: about["prompt_logprobs"] = to_prompt_logprobs(self.prompt, self.symbols, top)
+        return about
 
 # %% ../nbs/library/responses.ipynb #ef9bd19c
 @patch
@@ -193,11 +202,11 @@ async def stream_chunks(
     tail: dict = {}, # What comes after the choices of each part
 ):
     "The events of a stream, one for each output; those that take long are written in another thread."
-    def write(k, tokens, finish_reason):
+    def next_event(k, tokens, finish_reason):
         return to_event({**head, "choices": [writers[k].write(tokens, finish_reason)], **tail})
     async for k, tokens, finish_reason in outputs:
-        if writers[k].takes_long(tokens): yield await run_in_threadpool(write, k, tokens, finish_reason)
-        else: yield write(k, tokens, finish_reason)
+        if writers[k].takes_long(tokens): yield await run_in_threadpool(next_event, k, tokens, finish_reason)
+        else: yield next_event(k, tokens, finish_reason)
 
 # %% ../nbs/library/responses.ipynb #02c40399
 async def stream_response(
@@ -206,14 +215,16 @@ async def stream_response(
 ) -> StreamingResponse:
     "A stream as an answer; raises the `APIError` that is known before the first token."
     first = await anext(chunks)
-    async def body():
+    async def events():
         try:
             async for part in slices(first): yield part
             async for chunk in chunks:
                 async for part in slices(chunk): yield part
             if last: yield to_event(last())
         except APIError as e: yield to_event(error_body(e))
+        # When the server stops, uvicorn cancels what still runs: this client is told so, and the stream ends as usual.
+        # Starlette does so, too, where the client has gone away; then nobody reads these last events.
         except asyncio.CancelledError: yield to_event(error_body(APIError(503, "The server is being stopped.")))
         yield b"data: [DONE]\n\n"
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(events(), media_type="text/event-stream", headers=headers)

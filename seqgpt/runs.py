@@ -18,9 +18,10 @@ from transformers import TrainerState
 from .checkpoints import checkpoints_in, read_checkpoint, resume_command, weights_fit
 from .checks import InputError, read_json
 from .config import Config, read_config, write_config
-from .data import Split, class_names, given_split
+from .data import Split, class_names, count_shared
 from .encoding import Corpus
 from .files import atomic_write, locked, remove, remove_partial
+from .loading import WEIGHTS_FILE
 from .metrics import out_of_patience
 from .model import count_parameters
 from .preparing import PreparedRun
@@ -141,7 +142,7 @@ def find_checkpoint(
         return None, False
     check_same_run(out, config, run_identity(run.tokenizer, run.corpus, run.args.world_size))
     if not weights_fit(checkpoint, run.model):
-        raise InputError(f"{checkpoint}/model.safetensors: holds the weights of another model. "
+        raise InputError(f"{checkpoint}/{WEIGHTS_FILE}: holds the weights of another model. "
                          f"Delete {checkpoint} to go on from the one before.")
     at_end = state.global_step >= run.args.max_steps
     done = at_end or out_of_patience(state.log_history, config.early_stopping_patience)
@@ -227,7 +228,7 @@ def warn_of_leak(
     except InputError:
         return tqdm.write(f"What {start.folder} was trained on is gone: whether the sequences to validate on were "
                           "among it cannot be told.")
-    seen = given_split(train, split.validation).shared
+    seen = count_shared(train, split.validation)
     if seen > split.shared:
         tqdm.write(f"{start.folder} was trained on {seen:,} of the sequences to validate on, so they flatter. "
                    f"The --seed of that training, {start.config.seed}, gives its split.")

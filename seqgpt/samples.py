@@ -20,9 +20,9 @@ from scipy import sparse
 from .baselines import histories
 from .checks import counted, user_path
 from .corpora import DigitRecognizer, digits_shape, to_images
-from .files import atomic_write, write_lines
+from .files import write_lines
 from .inference import generate
-from .plots import plot_images
+from .plots import plot_images, save_figure
 from .progress import tqdm
 from .prompts import encode_prompt
 from .records import unframed
@@ -196,11 +196,9 @@ def save_images(
     columns: int = 10, # Pictures in a row
 ):
     "Draws samples into a file; pixels that were given are tinted."
-    import matplotlib.pyplot as plt
     given = ~np.isnan(to_images([s.tokens[:s.given] for s in samples], vocab))
     figure = plot_images(to_images([s.tokens for s in samples], vocab), columns=columns, given=given)
-    with atomic_write(path) as part: figure.savefig(part, format="png", dpi=120)
-    plt.close()
+    save_figure(figure, path)
 
 def label_in_front(
     sample, # From `generate`

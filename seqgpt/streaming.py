@@ -18,7 +18,7 @@ from datasets import Dataset
 from fastcore.basics import patch
 
 from .checks import InputError
-from .data import LengthGroupedSampler, Split, isin, split_by_hash
+from .data import LengthGroupedSampler, Split, hash_below, isin
 from .encoding import Corpus
 from .progress import tqdm
 from .records import NO_SPACES, SPACES_HINT, BadLine
@@ -40,7 +40,7 @@ class Stream(torch.utils.data.IterableDataset):
     def __init__(self,
         files: list[Path], # From `corpus_files`
         options: EncodingOptions,
-        fraction: float, # As for `split_by_hash`; these sequences are left out, to validate on
+        fraction: float, # As for `hash_below`; these sequences are left out, to validate on
         seed: int = 42, # Of the order, and of what is left out
         skip_bad_lines: bool = False, # Go on without them, and say how many
         span_bytes: int = 2**20, # Read in one go
@@ -107,7 +107,7 @@ def rows(self: Stream,
     "Yields each of these rows, and whether it is to validate on."
     for some in batched(self.encoded(order, rank, world_size), 1000):
         digests = np.array([row[3] for row in some])
-        held_out = split_by_hash(digests, self.fraction, self.seed) | isin(digests, self.excluded)
+        held_out = hash_below(digests, self.fraction, self.seed) | isin(digests, self.excluded)
         yield from zip(some, held_out.tolist())
 
 @patch

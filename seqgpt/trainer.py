@@ -26,6 +26,7 @@ from .cpu import tune_malloc, use_fast_cpu_kernels
 from .data import LengthGroupedSampler, column
 from .devices import gather_full, gather_model, shard_like
 from .files import remove, atomic_write
+from .loading import WEIGHTS_FILE
 from .streaming import Stream
 
 # %% ../nbs/library/trainer.ipynb #177e1977
@@ -153,7 +154,7 @@ def _save_checkpoint(self: SequenceTrainer, model, trial):
 def _load_from_checkpoint(self: SequenceTrainer, checkpoint, model=None):
     "The weights."
     model = model or self.model
-    with safe_open(Path(checkpoint)/"model.safetensors", "pt") as f, torch.no_grad():
+    with safe_open(Path(checkpoint)/WEIGHTS_FILE, "pt") as f, torch.no_grad():
         for name, p in model.named_parameters(): p.copy_(shard_like(p, f.get_tensor(name)))
 
 @patch

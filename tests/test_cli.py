@@ -791,7 +791,7 @@ def flags_of_verbs():
     from seqgpt.cli import VERBS, load_object
     flags = {}
     for verb, entry in VERBS.items():
-        takers = [load_object(target) for target in entry.flags or [entry.function]]
+        takers = [load_object(source) for source in entry.flag_sources or [entry.function]]
         flags[verb] = {"config"}.union(*(inspect.signature(taker).parameters for taker in takers))
     return flags
 

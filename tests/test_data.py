@@ -21,7 +21,7 @@ from matplotlib.colors import to_hex
 from seqgpt.checks import InputError
 from seqgpt.config import Config
 from seqgpt.corpora import write_digits
-from seqgpt.data import collate, given_split, split_corpus
+from seqgpt.data import collate, given_split, train_validation_split
 from seqgpt.encoding import read_corpus
 from seqgpt.markov import make_markov, write_markov
 from seqgpt.plots import CELL_COLOURS, plot_batch
@@ -474,8 +474,8 @@ def test_each_class_has_a_sequence_to_train_on(by, encode, tmp_path):
     dataset = encode(write_lines(tmp_path, rows), classes=[]).dataset
     given_back = 0
     for seed in range(12):
-        before = split_corpus(dataset, 0.3, seed, by)
-        split = split_corpus(dataset, 0.3, seed, by, each_label=True)
+        before = train_validation_split(dataset, 0.3, seed, by)
+        split = train_validation_split(dataset, 0.3, seed, by, each_label=True)
         assert set(split.train["label"]) == set(dataset["label"])
         assert sorted([*split.train_index, *split.validation_index]) == list(range(30))
         moved = {*before.validation_index} - {*split.validation_index}
@@ -500,9 +500,9 @@ def test_a_run_that_classifies_is_split_so(tmp_path):
 
 def test_classes_of_one_sequence_each_leave_none_to_validate_on(encode, tmp_path):
     dataset = encode(write_lines(tmp_path, [{"tokens": [n], "label": n} for n in NOTES]), classes=[]).dataset
-    assert len(split_corpus(dataset).validation) == 1
+    assert len(train_validation_split(dataset).validation) == 1
     with pytest.raises(InputError, match="5 sequences with 5 labels leave none to validate on"):
-        split_corpus(dataset, each_label=True)
+        train_validation_split(dataset, each_label=True)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from conftest import NOTES, VOCAB
 from filelock import FileLock, Timeout
 
 from seqgpt.checks import InputError
-from seqgpt.data import given_split, split_by_hash, split_corpus
+from seqgpt.data import given_split, hash_below, train_validation_split
 from seqgpt.encoding import read_corpus, shard_key
 from seqgpt.files import locked
 from seqgpt.rows import encoding_options
@@ -338,32 +338,32 @@ def test_a_sequence_is_on_the_same_side_wherever_it_is(read, tmp_path):
     for name, some in cases.items():
         long = {"long": "split", "max_length": 4} if name == "split" else {}
         dataset = read(write(tmp_path/name, "lines", some), **long).dataset
-        split = split_corpus(dataset, 0.3, 5, by="content")
+        split = train_validation_split(dataset, 0.3, 5, by="content")
         assert split.shared == 0 and len(split.train) + len(split.validation) == len(dataset)
         assert sorted([*split.train_index, *split.validation_index]) == list(range(len(some)))
         for part, side in ((split.train, 0), (split.validation, 1)):
             for digest in part["digest"]: assert sides.setdefault(digest, side) == side
         assert given_split(split.train, split.validation).shared == 0
     assert 0.2 < sum(sides.values()) / len(sides) < 0.4
-    other = split_corpus(dataset, 0.3, 6, by="content").validation_index
+    other = train_validation_split(dataset, 0.3, 6, by="content").validation_index
     assert other.tolist() != split.validation_index.tolist()
 
 
 def test_a_larger_share_holds_the_smaller_one_and_seeds_are_independent():
     generator = torch.Generator().manual_seed(0)
     digests = torch.randint(-2**63, 2**63 - 1, (50_000,), generator=generator).numpy()
-    small = split_by_hash(digests, 0.1, 1)
-    large = split_by_hash(digests, 0.3, 1)
-    other = split_by_hash(digests, 0.1, 2)
+    small = hash_below(digests, 0.1, 1)
+    large = hash_below(digests, 0.3, 1)
+    other = hash_below(digests, 0.1, 2)
     assert (small <= large).all()
     assert abs(small.mean() - 0.1) < 0.01 and abs((small & other).mean() - 0.01) < 0.003
-    assert not split_by_hash(digests, 0.0, 1).any() and split_by_hash(digests, 1.0, 1).all()
+    assert not hash_below(digests, 0.0, 1).any() and hash_below(digests, 1.0, 1).all()
 
 
 def test_the_sample_is_drawn_as_ever(read, tmp_path):
     "The split of a run from before is drawn again: the numbers were written down once."
     dataset = read(write(tmp_path/"a", "lines", records(30)), 100).dataset
-    assert split_corpus(dataset).validation_index.tolist() == [6, 12, 13, 21, 23, 24]
+    assert train_validation_split(dataset).validation_index.tolist() == [6, 12, 13, 21, 23, 24]
 
 
 # --- the stream
@@ -395,7 +395,7 @@ def mixed(tmp_path):
 @pytest.mark.parametrize("long", ["truncate", "split"])
 @pytest.mark.parametrize("part", [60, 1000, 2**20])
 def test_a_stream_gives_what_an_encoded_corpus_has(long, part, mixed, read):
-    want = split_corpus(read(mixed, long=long, max_length=5).dataset, 0.3, 4, by="content")
+    want = train_validation_split(read(mixed, long=long, max_length=5).dataset, 0.3, 4, by="content")
     stream = stream_of(corpus_files(mixed), 0.3, 4, max_length=5, long=long, span_bytes=part)
     first = epoch(stream)
     assert Counter(map(str, first)) == Counter(map(str, of(want.train)))

@@ -414,11 +414,11 @@ def test_each_prompt_is_computed_once(made):
     ids = some_prompts(2, seed=8)
     with served(made, max_num_seqs=4) as service:
         computed = []
-        compute = service.engine.prefill
+        compute = service.engine.prefill_prompts
         def counted(prompts):
             computed.extend(prompts)
             return compute(prompts)
-        service.engine.prefill = counted
+        service.engine.prefill_prompts = counted
         for most in (5, 40):
             choices = complete(service, prompt=[ids[0], ids[0], ids[1]], n=6, seed=7, max_tokens=most).choices
             for k in (0, 5, 6, 17):
