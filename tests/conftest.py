@@ -149,7 +149,8 @@ def left_out(bare, drawn):
     def blank(task): return task_evaluation(task)[0], lambda evaluation: matplotlib.figure.Figure()
     with contextlib.ExitStack() as stack:
         if bare: stack.enter_context(patch("seqgpt.commands.show_run"))
-        if bare or not drawn: stack.enter_context(patch("seqgpt.plots.save_curves"))
+        if bare or not drawn:
+            for module in ("training", "plots"): stack.enter_context(patch(f"seqgpt.{module}.save_curves"))
         if not drawn: stack.enter_context(patch("seqgpt.commands.task_evaluation", blank))
         yield
 
