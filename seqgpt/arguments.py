@@ -150,10 +150,7 @@ def split_files(
     flags = []
     words = iter(words)
     for word in words:
-        if word == "--config":
-            name = next(words, None)
-            if name is None: flags.append(word) # the parser says what is missing
-            else: files.append(name)
+        if word == "--config": files.append(next(words, "")) # which `settings_file` refuses
         elif word.startswith("--config="): files.append(word.removeprefix("--config="))
         elif re.match(r"-(\d|\.\d|inf)", word) and flags and re.fullmatch(r"--[\w.]+", flags[-1]):
             flags[-1] += f"={word}" # argparse takes -1e-3 for a flag
@@ -166,6 +163,9 @@ def settings_file(
     presets: bool = False, # Whether it may be the name of one
 ) -> str: # A path
     "The file of settings, read once to see that it holds nothing else; raises `InputError` where it does."
+    if not name:
+        choices = "a file of settings or a preset, such as quick" if presets else "a file of settings"
+        raise InputError(f"--config: name {choices}.")
     path = preset(name) if presets else str(user_path(name))
     if "config" not in read_settings(path): return path
     raise InputError(f"{path}: there is no setting 'config'. One file of settings cannot name another.")

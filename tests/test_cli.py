@@ -439,6 +439,8 @@ model:
     (["--seed", "99999999999999"], ["seed"]),
     (["--max_steps", "0"], ["max_steps"]),
     (["--config", "quik"], ["presets are: classify, quick"]),
+    (["--config"], ["--config: name a file of settings or a preset"]),
+    (["--config="], ["--config: name a file of settings or a preset"]),
     (["--data_path", "nowhere"], ["nowhere", "no such file or folder"]),
     (["--cache_dir", "data.jsonl"], ["data.jsonl"]),
     (["--seed", "x"], ["seed", "int"]),
@@ -580,6 +582,7 @@ serve --model_path nowhere
 serve --classifier_path nowhere
 corpus labelled --out_dir o --data_path nowhere
 corpus digits --out_dir o --config nowhere
+corpus digits --out_dir o --config
 corpus digits --image_siz 8
 corpus markov --out_dir o --config nowhere"""
 
@@ -599,7 +602,7 @@ for line in {TYPED_WRONG.splitlines()!r}:
     assert result.returncode == 0, result.stderr
     said = result.stderr.splitlines()
     assert len(said) == len(TYPED_WRONG.splitlines()), result.stderr
-    for line in said: assert "nowhere" in line or "Did you mean" in line or "expected" in line, line
+    for line in said: assert re.search("nowhere|Did you mean|expected|--config: name", line), line
 
 
 COMMANDS_AT_HOME = [
