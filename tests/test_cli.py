@@ -681,6 +681,15 @@ def test_help_and_verbs(tmp_path):
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", seqgpt("--version", cwd=tmp_path).stdout)
 
 
+@pytest.mark.parametrize("line", ["corpus", "corpus --out_dir c"])
+def test_half_a_verb_is_refused_with_the_verbs_it_begins(line, tmp_path):
+    result = seqgpt(*line.split(), cwd=tmp_path)
+    refused(result, "corpus digits, corpus markov, corpus labelled")
+    assert not result.stdout and not [*tmp_path.iterdir()]
+    help = seqgpt("corpus", "--help", cwd=tmp_path)
+    assert help.returncode == 0 and "corpus labelled" in help.stdout
+
+
 # --- the digits, and the scripts under their original names
 
 def test_digits_corpus(tmp_path):
