@@ -34,6 +34,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'seqgpt.arguments.read_config_flags': ('library/arguments.html#read_config_flags', 'seqgpt/arguments.py'),
                                   'seqgpt.arguments.read_flags': ('library/arguments.html#read_flags', 'seqgpt/arguments.py'),
                                   'seqgpt.arguments.settings_file': ('library/arguments.html#settings_file', 'seqgpt/arguments.py'),
+                                  'seqgpt.arguments.shown_type': ('library/arguments.html#shown_type', 'seqgpt/arguments.py'),
                                   'seqgpt.arguments.split_files': ('library/arguments.html#split_files', 'seqgpt/arguments.py'),
                                   'seqgpt.arguments.unknown_setting': ('library/arguments.html#unknown_setting', 'seqgpt/arguments.py'),
                                   'seqgpt.arguments.wrong_value': ('library/arguments.html#wrong_value', 'seqgpt/arguments.py')},

@@ -201,13 +201,16 @@ def split_verb(
     words: list[str], # Of a command line
 ) -> tuple[str, list[str]]: # The verb; what follows it
     "The verb is one word, or two."
-    number = 2 if words[0] == "corpus" else 1
+    has_kind = words[0] == "corpus" and len(words) > 1 and not words[1].startswith("-")
+    number = 2 if has_kind else 1
     return " ".join(words[:number]), words[number:]
 
 def unknown_verb(
     verb: str,
 ) -> str:
-    "That there is no such verb, and which one may have been meant."
+    "That there is no such verb, or only half of one, and which one may have been meant."
+    begun = [name for name in VERBS if name.startswith(f"{verb} ")]
+    if begun: return f"seqgpt: the verb {verb!r} is incomplete. Choose from {', '.join(begun)}."
     near = difflib.get_close_matches(verb, VERBS, 1)
     remedy = f"Did you mean {near[0]!r}?" if near else f"Choose from {', '.join(VERBS)}."
     return f"seqgpt: there is no verb {verb!r}. {remedy}"
@@ -217,7 +220,8 @@ def main(
 ) -> int: # Exit code
     "The command `seqgpt`."
     verb, words = split_verb((sys.argv[1:] if argv is None else argv) or ["--help"])
-    if verb in ("-h", "--help", "corpus", "corpus -h", "corpus --help"): return print(usage()) or 0
+    asked_for_help = verb == "corpus" and words[:1] in (["-h"], ["--help"])
+    if verb in ("-h", "--help") or asked_for_help: return print(usage()) or 0
     if verb == "--version":
         import seqgpt
         return print(seqgpt.__version__) or 0

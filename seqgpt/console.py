@@ -156,6 +156,7 @@ def interact(
     symbols = split_symbols(tokenizer, prompt)
     decoder = decoder_for(model)(model)
     sampler = make_sampler(tokenizer)
+    never = torch.tensor([tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id], device=model.device)
     def draw(ids, logits): return tokenizer.convert_ids_to_tokens(int(sampler(ids, logits)))
     print(CONSOLE_HELP)
     while True:
@@ -163,8 +164,8 @@ def interact(
             print(f"The sequence has ended: {' '.join(symbols)}\nStarting again.")
             symbols = []
         ids = torch.tensor([encode_prompt(tokenizer, symbols)], device=model.device)
-        logits = decoder(ids)
-        pairs = likeliest(tokenizer, logits[0], top)
+        logits = decoder(ids).index_fill(1, never, -torch.inf)
+        pairs = [(s, p) for s, p in likeliest(tokenizer, logits[0], top) if p]
         colon = ": " if symbols else ""
         print(f"\n{counted(len(symbols), 'symbol')}{colon}{' '.join(symbols[-8:])}\n{text_bars(pairs)}")
         try: typed = input("> ").strip()

@@ -154,7 +154,8 @@ def check_sizes(
         ("concentration", concentration, 0.01 <= concentration <= 1e6, "lie between 0.01 and a million"),
         ("seed", seed, seed >= 0, "be 0 or more"),
         ("min_length", min_length, min_length >= 3, "be at least 3: <bos>, a symbol, <eos>"),
-        ("max_length", max_length, max_length >= min_length, f"be at least min_length ({min_length})"))
+        ("max_length", max_length, max_length >= min_length,
+         f"be at least min_length ({min_length}). Raise it, or lower min_length"))
     for name, value, is_possible, rule in rules:
         if not is_possible: raise InputError(f"{name} is {value}. It must {rule}.")
     numbers = classes*symbols*branching**order

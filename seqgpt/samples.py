@@ -239,5 +239,6 @@ def write_samples(
     if digits_shape(vocab): save_images(out/"samples.png", shown or samples, vocab, columns)
     fields = fields or [{}]*len(samples)
     write_lines(out/"samples.jsonl", (other | vars(s) for other, s in zip(fields, samples)))
-    if digits_shape(vocab): return f"{out}/samples.png: {describe_digits(samples, vocab)}"
-    return f"{out}/samples.jsonl: {counted(len(samples), 'sample')}."
+    written = f"{out}/samples.jsonl: {counted(len(samples), 'sample')}."
+    if digits_shape(vocab): written += f"\n{out}/samples.png: {describe_digits(samples, vocab)}"
+    return written

@@ -307,17 +307,41 @@ TYPED = [ # and the symbols that are there then
 
 
 def test_interactive_shows_what_the_model_says_whatever_was_typed_before(trained):
-    from seqgpt.inference import next_tokens, text_bars
+    from seqgpt.inference import likeliest, next_logits, text_bars
     from seqgpt.loading import load_model
+    from seqgpt.prompts import encode_prompt
     from seqgpt.tokenizer import load_tokenizer
     model = load_model(trained/BEST)
     tokenizer = load_tokenizer(trained/BEST)
+    def expected(symbols):
+        logits = next_logits(model, encode_prompt(tokenizer, symbols)).clone()
+        logits[[VOCAB["<pad>"], VOCAB["<bos>"], VOCAB["<unk>"]]] = -torch.inf # which are never sampled
+        return text_bars(likeliest(tokenizer, logits, len(VOCAB) - 3))
     typed = "\n".join([*(line for line, _ in TYPED), "/quit", ""])
     result = interactive("--prompt", "C4", "--top", 9, typed=typed, cwd=trained)
     found = re.findall(r"^\d+ symbols?.*\n((?:.*%.*\n)+)", result.stdout, re.M)
     assert result.returncode == 0 and len(found) == 1 + len(TYPED), result.stdout
     for bars, symbols in zip(found, ["C4", *(symbols for _, symbols in TYPED)]):
-        assert bars.strip() == text_bars(next_tokens(model, tokenizer, symbols, 9)).strip(), symbols
+        assert bars.strip() == expected(symbols).strip(), symbols
+
+
+def test_interactive_offers_and_appends_only_what_can_be_sampled(trained, monkeypatch, capsys):
+    from seqgpt.console import interact
+    from seqgpt.model import make_config, new_model
+    from seqgpt.tokenizer import load_tokenizer
+    tokenizer = load_tokenizer(trained/BEST)
+    model = new_model(make_config(tokenizer, 16, n_layer=1, n_head=1, n_embd=8), seed=0).eval()
+    with torch.no_grad(): # as in a young model: <bos> is the likeliest of all after anything
+        model.lm_head.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+        model.lm_head.weight[VOCAB["<bos>"]] = 1
+    typed = iter(["", "", "", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    interact(model, tokenizer, "C4", top=20)
+    said = capsys.readouterr().out
+    assert not re.search("^ *(<bos>|<unk>|<pad>) ", said, re.M) and "4 symbols: C4" in said
+    shown = re.findall(r"^ *\S+ +([\d.]+)% ", said, re.M)[:len(VOCAB) - 3]
+    assert np.isclose(sum(map(float, shown)), 100, atol=0.1)
 
 
 def test_interactive_samples_with_the_seed(trained):
@@ -439,6 +463,8 @@ model:
     (["--seed", "99999999999999"], ["seed"]),
     (["--max_steps", "0"], ["max_steps"]),
     (["--config", "quik"], ["presets are: classify, quick"]),
+    (["--config"], ["--config: name a file of settings or a preset"]),
+    (["--config="], ["--config: name a file of settings or a preset"]),
     (["--data_path", "nowhere"], ["nowhere", "no such file or folder"]),
     (["--cache_dir", "data.jsonl"], ["data.jsonl"]),
     (["--seed", "x"], ["seed", "int"]),
@@ -580,6 +606,7 @@ serve --model_path nowhere
 serve --classifier_path nowhere
 corpus labelled --out_dir o --data_path nowhere
 corpus digits --out_dir o --config nowhere
+corpus digits --out_dir o --config
 corpus digits --image_siz 8
 corpus markov --out_dir o --config nowhere"""
 
@@ -599,7 +626,7 @@ for line in {TYPED_WRONG.splitlines()!r}:
     assert result.returncode == 0, result.stderr
     said = result.stderr.splitlines()
     assert len(said) == len(TYPED_WRONG.splitlines()), result.stderr
-    for line in said: assert "nowhere" in line or "Did you mean" in line or "expected" in line, line
+    for line in said: assert re.search("nowhere|Did you mean|expected|--config: name", line), line
 
 
 COMMANDS_AT_HOME = [
@@ -674,8 +701,19 @@ def test_help_and_verbs(tmp_path):
     assert "corpus" in installed("--help", cwd=tmp_path).stdout and seqgpt(cwd=tmp_path).returncode == 0
     help = seqgpt("train", "--help", cwd=tmp_path)
     assert help.returncode == 0 and "Longest sequence in tokens" in help.stdout
+    types = {*re.findall(r"type:\s+(.*?)(?:,\s+default|\))", help.stdout, re.S)}
+    assert types <= {"str", "int", "float", "bool", "Dict", "str | null", "int | null", "float | null"}, types
     refused(installed("trian", cwd=tmp_path), "Did you mean 'train'")
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", seqgpt("--version", cwd=tmp_path).stdout)
+
+
+@pytest.mark.parametrize("line", ["corpus", "corpus --out_dir c"])
+def test_half_a_verb_is_refused_with_the_verbs_it_begins(line, tmp_path):
+    result = seqgpt(*line.split(), cwd=tmp_path)
+    refused(result, "corpus digits, corpus markov, corpus labelled")
+    assert not result.stdout and not [*tmp_path.iterdir()]
+    help = seqgpt("corpus", "--help", cwd=tmp_path)
+    assert help.returncode == 0 and "corpus labelled" in help.stdout
 
 
 # --- the digits, and the scripts under their original names

@@ -8,6 +8,9 @@ from conftest import ROOT
 
 MODULES = sorted(p for p in (ROOT/"seqgpt").glob("*.py") if p.stem not in ("__init__", "_modidx"))
 CODE = [*MODULES, *(ROOT/"tests").glob("*.py"), *(ROOT/"benchmarks").glob("*.py"), *(ROOT/"docs").glob("*.py")]
+FILES = [p for pattern in ("seqgpt/*.yaml", "seqgpt/exported/*.py", "seqgpt/exported/*.js", "seqgpt/exported/*.html",
+                           "docs/static/*.css", "docs/templates/*.html", "nbs/tutorials/scale/*", "pyproject.toml",
+                           "settings.ini", "Dockerfile") for p in sorted(ROOT.glob(pattern))]
 PAGES = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
@@ -70,3 +73,10 @@ def test_functions_are_short(path):
         cells = json.loads(text)["cells"]
         sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and not c["source"][:1] == ["%%"]]
     assert {name: n for source in sources for name, n in functions(source) if n > 45} == {}
+
+
+@pytest.mark.parametrize("path", [*MODULES, *FILES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_lines_are_short(path):
+    "What ruff does not see, or not of modules; nbdev writes `__all__`."
+    text = re.sub(r"^__all__ = \[.*?\]$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert [line for line in text.splitlines() if len(line) > 120] == []

@@ -1,5 +1,6 @@
 "Labels in front of sequences: writing such a corpus, asking for a label, guidance."
 import json
+import re
 import shutil
 from unittest.mock import patch
 
@@ -198,7 +199,9 @@ def test_an_unlabelled_model_goes_on_with_labels(asked):
 
 def test_labelled_digits_are_still_pictures(digits):
     assert digits_shape(json.loads((digits/"asked/vocab.json").read_text())) == (8, 2)
-    assert "as the digit that was asked for" in (digits/"printed.txt").read_text()
+    printed = (digits/"printed.txt").read_text()
+    assert "as the digit that was asked for" in printed
+    assert re.search(r"^m/samples.jsonl: \d+ samples.\nm/samples.png: of ", printed, re.M) # both files are named
     assert (digits/"m/samples.png").stat().st_size > 1000
 
 

@@ -111,7 +111,7 @@ def test_the_default_corpus_is_of_the_size_of_the_digits(tmp_path):
     ("symbols", 1, "symbols is 1"),
     ("classes", 0, "classes is 0"),
     ("min_length", 2, "<bos>"),
-    ("max_length", 3, "min_length (32)"),
+    ("max_length", 16, "max_length is 16. It must be at least min_length (32). Raise it, or lower min_length."),
     ("num_sequences", 0, "num_sequences is 0"),
     ("seed", -1, "seed is -1"),
     ("draw_seed", -1, "draw_seed is -1"),

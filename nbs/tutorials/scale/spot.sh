@@ -1,16 +1,24 @@
 #!/usr/bin/env bash
-# A cloud machine that may be taken away at any time (spot, preemptible): have it run this at each start, until the run is finished.
+# A cloud machine that may be taken away at any time (spot, preemptible): have it run this at each start, until the run
+# is finished.
 #
 #   STATE=/mnt/disk/run bash spot.sh --data_path /mnt/disk/data [settings of seqgpt train]
 #
 # STATE      folder on a disk that outlives the machine: outputs, cache and train.log are kept there
 # PROCESSES  how many GPUs; 1 if nothing is said
-# NOTICE     command that succeeds once the machine is to be taken away; asked every POLL seconds (5). If nothing is said, only SIGTERM counts. For example
-#            AWS:    curl -sf -o /dev/null -H "X-aws-ec2-metadata-token: $(curl -sf -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' http://169.254.169.254/latest/api/token)" http://169.254.169.254/latest/meta-data/spot/instance-action
-#            Google: curl -sf -H 'Metadata-Flavor: Google' http://metadata.google.internal/computeMetadata/v1/instance/preempted | grep -q TRUE
+# NOTICE     command that succeeds once the machine is to be taken away; asked every POLL seconds (5). If nothing is
+#            said, only SIGTERM counts. For example
+#            AWS:
+#              at=http://169.254.169.254/latest
+#              token=$(curl -sf -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' $at/api/token)
+#              curl -sf -o /dev/null -H "X-aws-ec2-metadata-token: $token" $at/meta-data/spot/instance-action
+#            Google:
+#              at=http://metadata.google.internal/computeMetadata/v1/instance
+#              curl -sf -H 'Metadata-Flavor: Google' $at/preempted | grep -q TRUE
 #
 # Told to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1 or NOTICE), it has the training save a checkpoint, and ends.
-# If the training ends by itself, it is started again, but at most TRIES times (3) for failures. Exit code: 0 finished, or stopped and saved; 2 a mistake in the settings; 1 failed.
+# If the training ends by itself, it is started again, but at most TRIES times (3) for failures.
+# Exit code: 0 finished, or stopped and saved; 2 a mistake in the settings; 1 failed.
 #
 # Run by the tests (tests/test_scale.py): on a CPU, with real SIGTERMs, and with a file as NOTICE.
 # NOT RUN when this was written: a machine in a cloud, the two commands for NOTICE, GPUs.
@@ -41,7 +49,10 @@ while [ ! "$asked" ]; do
     if [ "$code" -eq 0 ] || printed | grep -q "the run is finished"; then echo "Finished: $STATE/outputs"; exit 0; fi
     if printed | grep -q "all is saved"; then echo "Stopped; all is saved in $STATE/outputs."; continue; fi
     printed | tail -n 3 >&2
-    if [ "$asked" ]; then echo "Stopped before it had saved: the next start goes on from the checkpoint before." >&2; exit 1; fi
+    if [ "$asked" ]; then
+        echo "Stopped before it had saved: the next start goes on from the checkpoint before." >&2
+        exit 1
+    fi
     if [ "$code" -eq 2 ]; then exit 2; fi
     failures=$((failures + 1))
     if [ "$failures" -ge "${TRIES:-3}" ]; then echo "Failed $failures times; see $log." >&2; exit 1; fi
