@@ -30,14 +30,14 @@ class Split:
     validation: Dataset
     train_index: np.ndarray | None # Numbers of the sequences, ascending; of a stream unknown
     validation_index: np.ndarray
-    shared: int # Sequences of the validation set that also stand in the training set
+    shared: int # Sequences of the validation set that also appear in the training set
 
     def __str__(self):
-        nothing_shared = "no sequence stands on both sides"
+        nothing_shared = "no sequence is in both sets"
         if self.train_index is None:
             validation = counted(len(self.validation_index), "sequence")
-            return f"{validation} to validate; what is not set aside, to train; {nothing_shared}."
-        verb = "stands" if self.shared == 1 else "stand"
+            return f"{validation} to validate, the rest to train; {nothing_shared}."
+        verb = "appears" if self.shared == 1 else "appear"
         shared = f"{counted(self.shared, 'validation sequence')} also {verb} in the training set"
         if not self.shared: shared = nothing_shared
         train = counted(len(self.train_index), "sequence")
@@ -108,9 +108,9 @@ def hold_out_sample(
     strata = np.where(counts[strata] > 1, strata, -1) # labels seen once share a stratum
     sizes = np.unique(strata, return_counts=True)[1]
     if sizes.min() < 2 or len(sizes) > min(n_validation, count - n_validation): strata = None
-    _, drawn = train_test_split(np.arange(count), test_size=n_validation, random_state=seed, stratify=strata)
+    _, selected = train_test_split(np.arange(count), test_size=n_validation, random_state=seed, stratify=strata)
     held_out = np.zeros(count, bool)
-    held_out[drawn] = True
+    held_out[selected] = True
     return held_out
 
 # %% ../nbs/01_data.ipynb #ccab5f90
@@ -207,7 +207,7 @@ def given_split(
     train: Dataset, # Of a `Corpus`
     validation: Dataset, # Of another
 ) -> Split:
-    "Two sets that were given, with an account of the sequences that stand in both."
+    "Two sets that were given, with an account of the sequences that appear in both."
     known = sequence_digests(train)
     new = sequence_digests(validation)
     return Split(train, validation, np.arange(len(known)), np.arange(len(new)), int(isin(new, known).sum()))

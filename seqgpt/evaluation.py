@@ -138,9 +138,9 @@ def bound_notes(self: Evaluation) -> list[str]: # Empty where the best possible 
     if not math.isnan(low):
         over = f" (95 %: {low - 1:.2%} to {high - 1:.2%})"
         below = f" ({100*less:.2f} to {100*more:.2f})"
-    lines = [f"perplexity {m['perplexity_over_floor'] - 1:.2%} above the floor{over}, "
+    lines = [f"perplexity {m['perplexity_over_floor'] - 1:.2%} above the lower bound{over}, "
              f"accuracy {100*m['accuracy_below_best']:.2f} points below the best{below}"]
-    impossible = "Nothing can be that far below the floor: source.json cannot be the source of these sequences."
+    impossible = "Nothing can be that far below the lower bound: source.json cannot be the source of these sequences."
     return lines + [impossible] if high < 1 else lines
 
 # %% ../nbs/06_evaluation.ipynb #210bdcb1
@@ -152,7 +152,7 @@ def notes(self: Evaluation) -> list[str]:
     return [
         *self.bound_notes(),
         f"{m['nats_per_sequence']:.4g} nats per sequence, {m['bits_per_token']:.4g} bits per token, {size}",
-        f"calibration error {m['calibration_error']:.2%}: how far confidence and the share of right guesses are apart",
+        f"calibration error {m['calibration_error']:.2%}: mean gap between confidence and the share of right guesses",
     ]
 
 @patch
