@@ -97,7 +97,7 @@ def hold_out_sample(
     fraction: float, # Share of the sequences to validate on
     seed: int,
 ) -> np.ndarray: # (sequences,), bool: which are to validate on
-    "Draws sequences, of each label its share; raises `InputError` if there are too few to split."
+    "Selects sequences at random, of each label its share; raises `InputError` if there are too few to split."
     from sklearn.model_selection import train_test_split
     count = len(labels)
     n_validation = round(count * fraction)

@@ -79,14 +79,14 @@ def exported(digits, once):
 def test_the_corpus_is_the_same_but_for_the_labels(labelled):
     before = [json.loads(line) for line in open(labelled/"plain/data.jsonl")]
     after = [json.loads(line) for line in open(labelled/"labelled/sequences.jsonl")]
-    labelled = 0
+    with_label = 0
     for old, new in zip(before, after, strict=True):
         tokens = new["tokens"]
         if tokens[0].startswith("label:"):
-            labelled += 1
+            with_label += 1
             assert tokens.pop(0) == f"label:{old['label']}"
         assert tokens == old["text"].split() and "label" not in new
-    assert 0.7 < labelled/len(after) < 0.9
+    assert 0.7 < with_label/len(after) < 0.9
     vocab = json.loads((labelled/"labelled/vocab.json").read_text())
     assert vocab == {**VOCAB, "label:down": 9, "label:up": 10}
 
