@@ -61,8 +61,8 @@ def corpus_labelled_command(
     seed: int = 0, # Of the choice of these
     skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used, and say how many
 ):
-    """Writes a corpus again with the label of each sequence in front of it as a symbol, so that a model can be asked
-    for it."""
+    """Writes a corpus again with the label of each sequence in front of it as a symbol, for conditional
+    generation."""
     from seqgpt.sources import read_lines
     from seqgpt.tokenizer import read_vocab
     from seqgpt.writing import LABEL_PREFIX, label_symbols, write_labelled
