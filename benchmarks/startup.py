@@ -70,7 +70,7 @@ def bench_data(
         tokens = n*SHORT
         write_random(data, n, SHORT)
         tokenizer = make_tokenizer(data/"vocab.json")
-        encode = seconds_of(partial(read_corpus, data, tokenizer, SHORT, cache_dir=data/"apart"))
+        encode = seconds_of(partial(read_corpus, data, tokenizer, SHORT, cache_dir=data/"encoded"))
         flags = ["--data_path", data, "--cache_dir", data/"cache", "--max_length", SHORT, "--n_layer", 1,
                  "--n_head", 1, "--n_embd", 8, "--output_dir"]
         cold, memory = first_step(*flags, folder/f"runs/{n}_cold")

@@ -119,7 +119,7 @@ def source_scores(
     source: MarkovSource, # Where the sequences come from
     tokenizer, # Of the model
     dataset: Dataset, # Columns `input_ids` and `label`
-) -> dict[str, Scores]: # Of the best predictor that infers the class, and of the best one that is told
+) -> dict[str, Scores]: # Of the best predictor that infers the class, and of the best one that is given it
     "The best possible scores on `dataset`; raises `InputError` where a sequence cannot come from `source`."
     found = {"class inferred": Scores(), "class told": Scores()}
     if not all(is_class_of(source, label) for label in dataset["label"]): del found["class told"]
@@ -133,7 +133,7 @@ def source_scores(
             try: nats, right = source.scores(tokens, label, ended)
             except InputError as e:
                 raise InputError(f"Sequence {k} is not from the source in source.json, "
-                                 f"so there is no floor to compare with. {e}") from e
+                                 f"so there is no lower bound to compare with. {e}") from e
             scores.add(nats[None], right[None], eos[None])
     return found
 

@@ -57,24 +57,25 @@ def user_path(
 def check_file(
     path: Path,
     remedy: str = "", # What to do where it cannot be used
-    most: int = 2**28, # Bytes to take
+    max_bytes: int = 2**28, # Of the file
 ):
     "Raises `InputError` unless `path` is a regular file of a reasonable size."
     folder = "this folder" if path.parent == Path() else path.parent
     if not os.path.lexists(path): raise InputError(f"{folder}: no {path.name} there. {remedy}")
     if not path.is_file():
         raise InputError(f"{path}: is no regular file, but a folder, a pipe, a device or a broken link. {remedy}")
-    if path.stat().st_size > most: raise InputError(f"{path}: is larger than {most / 2**20:,.0f} MiB. {remedy}")
+    if path.stat().st_size > max_bytes:
+        raise InputError(f"{path}: is larger than {max_bytes / 2**20:,.0f} MiB. {remedy}")
 
 def read_text(
     path: str | Path, # A file
     remedy: str = "", # What to do where it cannot be used
-    most: int = 2**28, # Bytes to take
+    max_bytes: int = 2**28, # Of the file
 ) -> str:
     "The text of a regular file in UTF-8; raises `InputError` where there is none."
     path = user_path(path)
     try:
-        check_file(path, remedy, most)
+        check_file(path, remedy, max_bytes)
         return path.read_text(encoding="utf-8-sig")
     except OSError as e: raise InputError(f"{path}: cannot be read ({e.strerror}). {remedy}") from None
     except UnicodeDecodeError as e:
@@ -94,10 +95,10 @@ def read_json(
     path: str | Path, # A file that holds an object
     remedy: str = "Mend it.", # What to do where it cannot be used
     hook=unique, # What to make of the pairs of an object
-    most: int = 2**28, # Bytes to take
+    max_bytes: int = 2**28, # Of the file
 ) -> dict: # Or what `hook` makes of it
     "The object in a JSON file; raises `InputError` where there is none."
-    text = read_text(path, remedy, most)
+    text = read_text(path, remedy, max_bytes)
     try: found = json.loads(text, object_pairs_hook=hook)
     except (ValueError, RecursionError) as e: raise InputError(f"{path}: not JSON ({e}). {remedy}") from None
     if not text.lstrip().startswith("{"): raise InputError(f"{path}: not an object {{...}}. {remedy}")

@@ -60,7 +60,7 @@ def predict(
 def mcnemar(
     right: np.ndarray, # Whether one classifier was right, (sequences,)
     other: np.ndarray, # Whether the other was
-) -> float: # The p-value; 1 where they are never of different opinion
+) -> float: # The p-value; 1 where they never disagree
     "McNemar's test, exact and two-sided: could both be equally good?"
     from scipy.stats import binomtest
     ours = int((right & ~other).sum())

@@ -108,7 +108,7 @@ MEMORY_REMEDIES = { # What takes memory, by verb
     "train": "Lower --n_embd, --n_layer or --max_length: the model itself is too large. " # steps have their own message
              "Or, if the training is finished: its models are saved; "
              "go on with seqgpt evaluate and a lower --batch_size.",
-    "evaluate": "Lower --batch_size (default 16) or, where it happens while sequences are drawn, "
+    "evaluate": "Lower --batch_size (default 16) or, where it happens while sequences are sampled, "
                 "--num_samples (default 100).",
     "infer": "Lower --num_samples or --num_prompts, of which 32 are continued at once, or --max_new_tokens.",
     "corpus markov": "Lower --num_sequences.",

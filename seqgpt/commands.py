@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['corpus_digits_command', 'corpus_markov_command', 'corpus_labelled_command', 'with_default_data', 'task_evaluation',
-           'show_run', 'draw_samples', 'finished_run', 'train_command', 'check_evaluation_folder', 'evaluate_command',
-           'check_export_folder', 'export_command', 'open_models', 'serve_command']
+           'show_run', 'sample_sequences', 'finished_run', 'train_command', 'check_evaluation_folder',
+           'evaluate_command', 'check_export_folder', 'export_command', 'open_models', 'serve_command']
 
 # %% ../nbs/library/commands.ipynb #bc5592c3
 import json
@@ -55,14 +55,14 @@ def corpus_labelled_command(
     out_dir: OutputPath, # Folder to write `vocab.json` and `sequences.jsonl` to
     # Sequences with labels: a file in JSON Lines, plain or gzip, or in Parquet; or a folder of them
     data_path: DataPath,
-    vocab_path: VocabPath | None = None, # Default: vocab.json beside the data
+    vocab_path: VocabPath | None = None, # Default: vocab.json next to the data
     # Share of the sequences that get no label, so that the model also knows how these go, which infer --guidance needs
     unlabelled_share: float = 0.1,
     seed: int = 0, # Of the choice of these
     skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used, and say how many
 ):
-    """Writes a corpus again with the label of each sequence in front of it as a symbol, so that a model can be asked
-    for it."""
+    """Writes a corpus again with the label of each sequence in front of it as a symbol, for conditional
+    generation."""
     from seqgpt.sources import read_lines
     from seqgpt.tokenizer import read_vocab
     from seqgpt.writing import LABEL_PREFIX, label_symbols, write_labelled
@@ -123,17 +123,17 @@ def show_run(
         if evaluation.metrics["perplexity"] > evaluation.baselines["uniform"]["perplexity"]:
             print("That is worse than guessing. Train for longer, or with another --learning_rate.\n")
         longest = evaluation.scores.by_position.shape[1] # in the data; some models would go on and on
-        print(draw_samples(best, out, longest, config.seed))
+        print(sample_sequences(best, out, longest, config.seed))
     print(f"{out}: best_model, final_model, training_curves.png; "
           f"curves in detail: tensorboard --logdir {out/'runs'}")
 
-def draw_samples(
+def sample_sequences(
     model_path: Path, # Folder of a language model
     out: Path, # Where to write them
     longest: int, # Tokens in a sequence
     seed: int,
 ) -> str: # What to say of them
-    "Draws 40 sequences; from a model of sequences with labels in front, ten of each label."
+    "Samples 40 sequences; from a model of sequences with labels in front, ten of each label."
     from seqgpt.inference import generate
     from seqgpt.loading import load_folder
     from seqgpt.samples import write_samples
@@ -163,7 +163,7 @@ def train_command(
     config, # A `Config`
     named: set[str] = frozenset(), # See `start_from`
 ):
-    "Trains, evaluates the best model and, of a language model, draws samples; shows simple predictors next to it."
+    "Trains, evaluates the best model and, of a language model, samples sequences; shows simple predictors next to it."
     from seqgpt.checkpoints import resume_command
     from seqgpt.files import remove_partial
     from seqgpt.progress import is_main_process
@@ -201,13 +201,13 @@ def evaluate_command(
     out_dir: OutputPath | None = None,
     batch_size: int = 16, # Sequences at once
     skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used
-    num_samples: int = 100, # Of a language model: sequences to draw and hold against real ones; 0: none
-    seed: int = 0, # Of the drawn sequences
-    # Where encoded data is kept; default: beside the cache of Hugging Face datasets
+    num_samples: int = 100, # Of a language model: sequences to sample and compare with real ones; 0: none
+    seed: int = 0, # Of the sampled sequences
+    # Where encoded data is kept; default: next to the cache of Hugging Face datasets
     cache_dir: OutputPath | None = None,
 ):
-    """Measures a trained model on every token, or a classifier on every sequence, beside simple ones and the best
-    possible, and looks at what a language model draws."""
+    """Measures a language model on every token, or a classifier on every sequence, and compares it with simple ones
+    and the best possible; also looks at what a language model generates."""
     from seqgpt.loading import task_of
     from seqgpt.reports import write_evaluation
     from seqgpt.saving import model_unchanged
@@ -243,12 +243,12 @@ def export_command(
     out_dir: OutputPath | None = None,
     # Sequences to measure the quality on; default: the validation set of the training
     data_path: DataPath | None = None,
-    # Where encoded data is kept; default: beside the cache of Hugging Face datasets
+    # Where encoded data is kept; default: next to the cache of Hugging Face datasets
     cache_dir: OutputPath | None = None,
     skip_bad_lines: bool = False, # Go on without lines of data_path that cannot be used
 ):
     """Writes a trained model as ONNX, in 32, 16 and 8 bits, with what is needed to use it without PyTorch; and measures
-    each file beside PyTorch."""
+    each file compared with PyTorch."""
     from seqgpt.onnx_folder import export_folder
     out = user_path(model_path)/"onnx" if out_dir is None else user_path(out_dir)
     check_export_folder(out, own=out_dir is None)
@@ -273,7 +273,7 @@ def open_models(
 def serve_command(
     # Folder of a trained language model, such as outputs/best_model, or of an exported one
     model_path: ModelPath | None = None,
-    classifier_path: ModelPath | None = None, # Folder of a classifier, to be asked beside it or alone
+    classifier_path: ModelPath | None = None, # Folder of a classifier, served with the model or alone
     model_name: str | None = None, # What clients call the language model; default: the last two parts of model_path
     host: str = "127.0.0.1", # Address to listen on; 0.0.0.0: all of this machine, so that others can reach it
     port: int = 8000, # 0: any that is free

@@ -57,7 +57,7 @@ class Config:
     # which needs pip install 'seqgpt[lora]'; 0: they learn as a whole
     lora_rank: int = 0
     class_weights: str = "none" # Classification: none, every sequence counts the same; balanced, every class does
-    vocab_path: VocabPath | None = None # Default: vocab.json beside the data
+    vocab_path: VocabPath | None = None # Default: vocab.json next to the data
     pad_token: str | None = None # Name of the special token in the vocabulary, if it is unusual
     bos_token: str | None = None # Likewise
     eos_token: str | None = None # Likewise
@@ -76,7 +76,7 @@ class Config:
     # Do not encode the data beforehand, but read it while training: for data of any size, without a copy;
     # needs max_steps, and sets aside by content
     streaming: bool = False
-    # Where encoded data is kept; default: beside the cache of Hugging Face datasets
+    # Where encoded data is kept; default: next to the cache of Hugging Face datasets
     cache_dir: OutputPath | None = None
     output_dir: OutputPath = "outputs" # Where models, checkpoints and logs go
     overwrite: bool = False # Replace an earlier run in output_dir

@@ -143,7 +143,7 @@ def interact(
     tokenizer, # Its tokenizer
     prompt: str = "", # To start from
     top: int = 10, # How many symbols to show
-    seed: int | None = None, # Of what is drawn
+    seed: int | None = None, # Of what is sampled
 ):
     "Shows what could come next, and appends what the user chooses, until there is no more input."
     import torch
@@ -206,7 +206,8 @@ class InferSettings:
     # auto: pytorch, unless model_path is an exported folder or a file in it
     runtime: typing.Literal["auto", "pytorch", "onnx"] = "auto"
     skip_bad_lines: bool = False # Go on without lines of prompt_file that cannot be used, and say how many
-    cache_dir: OutputPath | None = None # Where encoded data is kept; default: beside the cache of Hugging Face datasets
+    # Where encoded data is kept; default: next to the cache of Hugging Face datasets
+    cache_dir: OutputPath | None = None
 
     @property
     def out_file(self) -> str:

@@ -110,7 +110,7 @@ def load_images(
 
 # %% ../nbs/02_corpora.ipynb #422249ff
 class DigitRecognizer:
-    "A classifier of real digits, to be asked about drawn ones."
+    "A classifier of real digits, to be asked about sampled ones."
     def __init__(self,
         image_size: int = 16, # Pixels on a side
         grey_levels: int = 2, # Levels of grey

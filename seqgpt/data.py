@@ -30,14 +30,14 @@ class Split:
     validation: Dataset
     train_index: np.ndarray | None # Numbers of the sequences, ascending; of a stream unknown
     validation_index: np.ndarray
-    shared: int # Sequences of the validation set that also stand in the training set
+    shared: int # Sequences of the validation set that also appear in the training set
 
     def __str__(self):
-        nothing_shared = "no sequence stands on both sides"
+        nothing_shared = "no sequence is in both sets"
         if self.train_index is None:
             validation = counted(len(self.validation_index), "sequence")
-            return f"{validation} to validate; what is not set aside, to train; {nothing_shared}."
-        verb = "stands" if self.shared == 1 else "stand"
+            return f"{validation} to validate, the rest to train; {nothing_shared}."
+        verb = "appears" if self.shared == 1 else "appear"
         shared = f"{counted(self.shared, 'validation sequence')} also {verb} in the training set"
         if not self.shared: shared = nothing_shared
         train = counted(len(self.train_index), "sequence")
@@ -99,7 +99,7 @@ def hold_out_sample(
     fraction: float, # Share of the sequences to validate on
     seed: int,
 ) -> np.ndarray: # (sequences,), bool: which are to validate on
-    "Draws sequences, of each label its share; raises `InputError` if there are too few to split."
+    "Selects sequences at random, of each label its share; raises `InputError` if there are too few to split."
     from sklearn.model_selection import train_test_split
     count = len(labels)
     n_validation = round(count * fraction)
@@ -110,9 +110,9 @@ def hold_out_sample(
     strata = np.where(counts[strata] > 1, strata, -1) # labels seen once share a stratum
     sizes = np.unique(strata, return_counts=True)[1]
     if sizes.min() < 2 or len(sizes) > min(n_validation, count - n_validation): strata = None
-    _, drawn = train_test_split(np.arange(count), test_size=n_validation, random_state=seed, stratify=strata)
+    _, selected = train_test_split(np.arange(count), test_size=n_validation, random_state=seed, stratify=strata)
     held_out = np.zeros(count, bool)
-    held_out[drawn] = True
+    held_out[selected] = True
     return held_out
 
 # %% ../nbs/01_data.ipynb #ccab5f90
@@ -216,7 +216,7 @@ def given_split(
     train: Dataset, # Of a `Corpus`
     validation: Dataset, # Of another
 ) -> Split:
-    "Two sets that were given, with an account of the sequences that stand in both."
+    "Two sets that were given, with an account of the sequences that appear in both."
     train_index = np.arange(len(sequence_digests(train)))
     validation_index = np.arange(len(sequence_digests(validation)))
     return Split(train, validation, train_index, validation_index, count_shared(train, validation))

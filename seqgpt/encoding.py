@@ -271,7 +271,7 @@ def read_corpus(
     long: str = "truncate", # What to do with longer ones: "truncate", "split" or "error"
     skip_bad_lines: bool = False, # Go on without bad lines, and say how many
     classes: list[str] | None = None, # A line must have one of these labels, any if empty; None: labels are optional
-    cache_dir: str | Path | None = None, # For encoded corpora; default: beside those of Hugging Face datasets
+    cache_dir: str | Path | None = None, # For encoded corpora; default: next to those of Hugging Face datasets
 ) -> Corpus:
     "The checked and encoded sequences at `data_path`; raises `InputError` with an account of all bad lines."
     files = corpus_files(data_path)

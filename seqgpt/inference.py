@@ -185,7 +185,7 @@ def images_html(
     figure.savefig(png, format="png", dpi=120)
     plt.close(figure)
     data = b64encode(png.getvalue()).decode()
-    return f'<img alt="drawn digits: {len(samples)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="sampled digits: {len(samples)}" src="data:image/png;base64,{data}">'
 
 class Samples(list):
     "Samples that show themselves in Jupyter: as pictures where the symbols are pixels; what was given is tinted."

@@ -26,18 +26,18 @@ def limits(
     source: MarkovSource,
     sequences: list[list[str]], # From `source`, without `<bos>` and `<eos>`
     labels: list[int], # Their classes
-) -> dict: # See `mean_scores`, with the class inferred and told; `classification`: share of classes inferred rightly
+) -> dict: # See `mean_scores`, with the class inferred and given; `classification`: share of classes inferred rightly
     "The scores of the best possible predictors on `sequences`."
     labels = [int(label) for label in labels]
     inferred = []
-    told = []
+    conditional = []
     right = []
     bar = tqdm(sequences, desc="Best possible scores", unit="sequence", delay=2, leave=False)
     for tokens, label in zip(bar, labels):
         inferred.append(source.scores(tokens))
-        told.append(source.scores(tokens, label))
+        conditional.append(source.scores(tokens, label))
         right.append(tied_accuracy(source.posterior(tokens)[-1], label))
-    return {"class inferred": mean_scores(inferred), "class told": mean_scores(told),
+    return {"class inferred": mean_scores(inferred), "class told": mean_scores(conditional),
             "classification": float(np.mean(right))}
 
 # %% ../nbs/library/limits.ipynb #fb091ee6
@@ -64,7 +64,7 @@ def entropy_of_ending(
 def expected_limits(
     source: MarkovSource,
 ) -> dict[str, float]: # `perplexity`, `accuracy`, and `tokens` in a sequence
-    "The scores of a predictor that is told the class, over all sequences that `source` could make."
+    "The scores of a predictor that is given the class, over all sequences that `source` could make."
     classes, states, branching = source.probabilities.shape
     flow = edges_into_states(source)
     share = np.full((classes, states), 1/states) # of the sequences in each state, once it is known

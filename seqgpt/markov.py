@@ -121,7 +121,7 @@ def ending(self: MarkovSource,
 @patch
 def scores(self: MarkovSource,
     tokens: list[str], # A sequence, without `<bos>` and `<eos>`
-    label: int | None = None, # Its class, if it is told; None: to be inferred
+    label: int | None = None, # Its class, if it is given; None: to be inferred
     ended: bool = True, # Whether `<eos>` follows; otherwise `tokens` is a beginning
 ) -> tuple[np.ndarray, np.ndarray]: # Loss in nats and whether the guess was right, for each symbol and `<eos>`
     "How well the best possible predictor does."
@@ -248,12 +248,12 @@ def check_source(
 
 def load_source(
     data_path: str | Path, # A corpus: a file or a folder
-) -> MarkovSource | None: # None where there is no `source.json` beside the data
+) -> MarkovSource | None: # None where there is no `source.json` next to the data
     "The source that a corpus was drawn from; raises `InputError` where `source.json` is damaged."
     path = user_path(data_path)
     path = (path if path.is_dir() else path.parent)/"source.json"
     if not path.exists(): return None
-    d = read_json(path, "Mend it, or move it away.", most=2**33)
+    d = read_json(path, "Mend it, or move it away.", max_bytes=2**33)
     try:
         source = MarkovSource(d["symbols"], np.array(d["successors"], int), np.array(d["probabilities"], float),
                               int(d["min_length"]), int(d["max_length"]))

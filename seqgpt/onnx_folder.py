@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'SHIPPED', 'LARGEST_PAGE', 'PAGE_POLICY', 'write_models', 'shipped_text', 'page_data', 'write_page',
-           'draw_tokens', 'timed_calls', 'measure_speed', 'measure_quality', 'add_measurements', 'as_cell', 'Exported',
-           'export_card', 'quality_data', 'write_programs', 'check_against_pytorch', 'export_folder']
+           'sample_tokens', 'timed_calls', 'measure_speed', 'measure_quality', 'add_measurements', 'as_cell',
+           'Exported', 'export_card', 'quality_data', 'write_programs', 'check_against_pytorch', 'export_folder']
 
 # %% ../nbs/library/onnx_folder.ipynb #f9f2d0f5
 import gzip
@@ -100,13 +100,13 @@ def write_page(
     with atomic_write(out) as part: part.write_text(page, encoding="utf-8")
 
 # %% ../nbs/library/onnx_folder.ipynb #2da3fab1
-def draw_tokens(
+def sample_tokens(
     model, # Of PyTorch, or an `OnnxModel`
     tokenizer, # Its tokenizer
     sequences: int, # How many at once
     new: int, # Tokens of each
 ) -> torch.Tensor: # Ids, (sequences, 1 + new)
-    "Draws tokens by the model's probabilities, whatever they are."
+    "Samples tokens by the model's probabilities, whatever they are."
     sample = make_sampler(tokenizer)
     decoder = decoder_for(model)(model)
     ids = torch.full((sequences, 1), tokenizer.bos_token_id)
@@ -124,9 +124,9 @@ def timed_calls(
         sequences = [[tokenizer.bos_token_id]*new]*32
         return {"sequences/s": (partial(predict, model, tokenizer, sequences), 32)}
     if getattr(model, "cache", "") == "none": return {}
-    draw = partial(draw_tokens, model, tokenizer, new=new)
-    return {"tokens/s, 1 sequence": (partial(draw, sequences=1), new),
-            "tokens/s, 32 sequences": (partial(draw, sequences=32), 32*new)}
+    sample = partial(sample_tokens, model, tokenizer, new=new)
+    return {"tokens/s, 1 sequence": (partial(sample, sequences=1), new),
+            "tokens/s, 32 sequences": (partial(sample, sequences=32), 32*new)}
 
 # %% ../nbs/library/onnx_folder.ipynb #f2019cfc
 def measure_speed(

@@ -95,7 +95,7 @@ def plot_distances(
     "Distances of sampled and of real sequences to the nearest training sequence."
     import seaborn as sns
     bins = np.linspace(0, max(sampled.max(), real.max(), 0.02), 25)
-    sides = {"drawn": sampled, "real, held out": real}
+    sides = {"sampled": sampled, "real, held out": real}
     sns.histplot(sides, bins=bins, palette=["tab:orange", "grey"], alpha=0.5, ax=ax)
     ax.set(title="distance to the nearest training sequence")
 
@@ -107,9 +107,9 @@ def plot_sampled(
     "Shares of possible sequences, and what continuations have in common with real endings."
     names, sampled, real = zip(*rows)
     at = np.arange(len(rows))
-    ax.bar(at, sampled, 0.4, color="tab:orange", label="drawn")
+    ax.bar(at, sampled, 0.4, color="tab:orange", label="sampled")
     ax.bar(at + 0.4, real, 0.4, color="lightgrey", label="real; other endings")
-    ax.set(title="drawn sequences", ylim=(0, 1.3), xticks=at + 0.2, xticklabels=names)
+    ax.set(title="sampled sequences", ylim=(0, 1.3), xticks=at + 0.2, xticklabels=names)
     ax.tick_params(axis="x", labelsize=7)
     ax.legend(fontsize=7, ncols=2, loc="upper center")
 

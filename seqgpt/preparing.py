@@ -99,7 +99,7 @@ def same_steps(
     out = Path(config.output_dir)
     if not config.resume or not (out/"split.json").exists() or not checkpoints_in(out/"checkpoints"): return config
     before = read_config(out/"config.yaml")
-    processes_before = read_json(out/"split.json", most=2**33).get("processes")
+    processes_before = read_json(out/"split.json", max_bytes=2**33).get("processes")
     if not isinstance(processes_before, int): return config
     step = before.batch_size*before.gradient_accumulation_steps*processes_before # in sequences
     parts, rest = divmod(step, config.batch_size*processes)

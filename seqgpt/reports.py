@@ -52,7 +52,8 @@ def training_split(
         corpus, split = load_data(config, tokenizer)
     except InputError as e:
         raise InputError(f"{e}\nThat is what seqgpt train would say now of the data of this model. {OTHER_DATA}") from e
-    changed = written.exists() and read_json(written, most=2**33).get("fingerprint") != corpus.report["fingerprint"]
+    fingerprint = corpus.report["fingerprint"]
+    changed = written.exists() and read_json(written, max_bytes=2**33).get("fingerprint") != fingerprint
     stays = (config.split == "content" or config.streaming) and not config.validation_path
     if changed and not stays:
         raise InputError(f"{config.data_path}: has changed since the training, so the validation set is not the same."
@@ -87,7 +88,7 @@ def other_data(
     tqdm.write(str(other))
     if split and isinstance(split.train, Dataset):
         shared = count_shared(split.train, other.dataset)
-        if shared: tqdm.write(f"{shared:,} of them stand in the training set.")
+        if shared: tqdm.write(f"{shared:,} of them also appear in the training set.")
     return other.dataset
 
 def evaluation_data(

@@ -92,7 +92,7 @@ def load_data(
     config: Config,
     tokenizer, # From `load_vocab`, or saved with a model
 ) -> tuple[Corpus, Split]:
-    "The encoded data of `config`, and its two parts: drawn, or given."
+    "The encoded data of `config`, and its two parts: split at random or by content, or given."
     return data_source(config).load(tokenizer)
 
 def load_vocab(

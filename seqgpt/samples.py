@@ -114,14 +114,14 @@ class SampleReport:
 @patch
 def rows(self: SampleReport) -> list[tuple[str, str, str]]: # Name, sampled, real
     "What there is to say in words."
-    rows = [(f"{self.num_samples} drawn sequences, as the distribution stands", "drawn", "real")]
+    rows = [(f"{self.num_samples} sampled sequences, without temperature, top-k or top-p", "sampled", "real")]
     if self.invalid:
         for name, sampled, real in zip(("sequences", "symbols"), *self.invalid):
             rows.append((f"{name} with {self.rule}", f"{sampled:.1%}", f"{real:.1%}"))
     if self.distances:
         medians = [f"{np.median(d):.3f}" for d in self.distances]
         rows.append(("distance to the nearest training sequence, median", *medians))
-        rows.append(("sequences that stand in the training set", *(f"{np.mean(d == 0):.1%}" for d in self.distances)))
+        rows.append(("sequences also in the training set", *(f"{np.mean(d == 0):.1%}" for d in self.distances)))
     for name, key in (("BLEU", "bleu"), ("ROUGE-L", "rougeL")):
         values = [f"{found[key]:.3g}" if found else "-" for found in self.endings]
         rows.append((f"{name} of continuations; of other endings", *values))
@@ -211,17 +211,17 @@ def describe_digits(
     samples: list, # From `generate`
     vocab: dict[str, int], # Symbol to id, of digits
 ) -> str:
-    "How many digits are recognised and, where each has a label in front, as that digit."
+    "How many digits are recognized and, where each has a label in front, as that digit."
     recognizer = DigitRecognizer(*digits_shape(vocab))
     images = to_images([s.tokens for s in samples], vocab)
     labels = [label_in_front(s) for s in samples]
     as_labelled = ""
     if all(labels):
         share = np.mean([str(digit) == label for digit, label in zip(recognizer(images)[0], labels)])
-        as_labelled = f", and {share:.0%} as the digit that was asked for"
+        as_labelled = f", and {share:.0%} as the digit of their label"
     real = recognizer.recognition_rate(recognizer.held_out)
-    return (f"of {counted(len(samples), 'drawn digit')} {recognizer.recognition_rate(images):.0%} are recognised "
-            f"by a classifier of real digits{as_labelled};\nit recognises {real:.0%} of held-out real ones "
+    return (f"of {counted(len(samples), 'sampled digit')} {recognizer.recognition_rate(images):.0%} are recognized "
+            f"by a classifier of real digits{as_labelled};\nit recognizes {real:.0%} of held-out real ones "
             f"and names {recognizer.accuracy:.1%} of those rightly.")
 
 # %% ../nbs/library/samples.ipynb #5b359209

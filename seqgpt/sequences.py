@@ -67,10 +67,10 @@ def release(self: SequenceRequest,
     finish_reason: str | None, # None: it goes on
 ) -> list[ScoredToken]:
     "Takes the tokens that can be handed on out of `pending`."
-    beginnings = (s[:n] for s in self.stop_sequences for n in range(1, len(s)))
+    prefixes = (s[:n] for s in self.stop_sequences for n in range(1, len(s)))
     if finish_reason: held_back = 0
     elif not self.stream: held_back = len(self.pending)
-    else: held_back = max((len(s) for s in beginnings if self.ends_with(s)), default=0)
+    else: held_back = max((len(s) for s in prefixes if self.ends_with(s)), default=0)
     released = self.pending[:len(self.pending) - held_back]
     del self.pending[:len(released)]
     return released

@@ -64,8 +64,8 @@ def find_vocab(
     "Where the vocabulary of a corpus is: as named, or next to the data; raises `InputError` if there is no data."
     data = user_path(data_path)
     files = corpus_files(data_path)
-    beside = data if data.is_dir() else files[0].parent
-    return user_path(vocab_path or beside/"vocab.json")
+    folder = data if data.is_dir() else files[0].parent
+    return user_path(vocab_path or folder/"vocab.json")
 
 # %% ../nbs/library/sources.ipynb #e5e4ef64
 class Span(NamedTuple):

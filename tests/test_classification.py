@@ -211,7 +211,7 @@ def test_evaluate_says_what_was_trained_on(classifier, tmp_path):
     command = ["evaluate", "--model_path", "c/best_model", "--data_path", "data.jsonl", "--out_dir", tmp_path/"e"]
     result = seqgpt(*command, cwd=classifier, drawn=False)
     known = sum(line in learned for line in lines)
-    assert f"{known} of them stand in the training set" in result.stdout, result.stderr
+    assert f"{known} of them also appear in the training set" in result.stdout, result.stderr
 
 
 def test_interval_of_macro_f1_counts_a_rare_class_that_is_never_named():

@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+from collections import defaultdict
 
 import pytest
 from conftest import ROOT
@@ -80,3 +81,35 @@ def test_lines_are_short(path):
     "What ruff does not see, or not of modules; nbdev writes `__all__`."
     text = re.sub(r"^__all__ = \[.*?\]$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     assert [line for line in text.splitlines() if len(line) > 120] == []
+
+
+def code_cells(page) -> list[str]:
+    "The code on a page."
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
+def test_a_public_name_means_one_thing():
+    "No two modules define the same name."
+    modules = defaultdict(list)
+    for module in MODULES:
+        names, = re.findall(r"^__all__ = (\[.*?\])$", module.read_text(encoding="utf-8"), re.M | re.S)
+        for name in ast.literal_eval(names): modules[name].append(module.stem)
+    assert {name: where for name, where in modules.items() if len(where) > 1} == {}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT/"nbs/library").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_definitions_are_shown_before_the_next(page):
+    "A page of the library has no two cells of definitions without a cell between them that shows the first."
+    found = []
+    previous = ""
+    for code in code_cells(page):
+        both = [re.search(r"^(@|def |class |async def )", c, re.M) and "#| export" in c for c in (previous, code)]
+        if all(both): found.append(code)
+        previous = code
+    assert found == []
+
+
+@pytest.mark.parametrize("path", [*MODULES, *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_tests_mock(path):
+    assert "unittest.mock" not in path.read_text(encoding="utf-8")

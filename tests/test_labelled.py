@@ -25,7 +25,7 @@ SURE = "--learning_rate 5e-3 --model.resid_pdrop 0 --model.embd_pdrop 0 --model.
 
 def put_labels(folder, *args):
     "The command that puts labels in front of the sequences in `plain`."
-    return seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "asked", *args, cwd=folder)
+    return seqgpt("corpus", "labelled", "--data_path", "plain", "--out_dir", "labelled", *args, cwd=folder)
 
 
 def train(folder, data, out, *args, **options):
@@ -36,19 +36,19 @@ def generate_by_command(folder, *args):
     return seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", *args, cwd=folder)
 
 
-def sequences(folder): return [json.loads(line)["tokens"] for line in open(folder/"asked/sequences.jsonl")]
+def sequences(folder): return [json.loads(line)["tokens"] for line in open(folder/"labelled/sequences.jsonl")]
 
 
 @pytest.fixture(scope="module")
-def asked(melodies, once):
+def labelled(melodies, once):
     "A model of melodies with up or down in front."
-    def asked(folder):
+    def labelled(folder):
         write_lines(folder/"plain", [{"text": " ".join(t), "label": WORDS[l]} for t, l in melodies*3])
         assert put_labels(folder, "--unlabelled_share", 0.2, "--seed", 3).returncode == 0
-        result = train(folder, "asked", "m", "--num_epochs", 14, "--max_length", 16, *TINY, *SURE, "--n_layer", 2,
+        result = train(folder, "labelled", "m", "--num_epochs", 14, "--max_length", 16, *TINY, *SURE, "--n_layer", 2,
                        "--n_embd", 32, drawn=False)
         assert result.returncode == 0, result.stderr
-    return once(asked)
+    return once(labelled)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,11 @@ def digits(once):
     "A model of small digits with their labels in front, and what the command printed."
     def labelled_digits(folder):
         digits = ["digits", "--out_dir", "d", "--image_size", 8, "--grey_levels", 2]
-        for args in (digits, ["labelled", "--data_path", "d", "--out_dir", "asked"]):
+        for args in (digits, ["labelled", "--data_path", "d", "--out_dir", "labelled"]):
             assert seqgpt("corpus", *args, cwd=folder).returncode == 0
-        lines = (folder/"asked/sequences.jsonl").read_text().splitlines(True)
-        (folder/"asked/sequences.jsonl").write_text("".join(lines[:400]))
-        result = train(folder, "asked", "m", "--max_steps", 60, "--max_length", 70, *TINY, drawn=False)
+        lines = (folder/"labelled/sequences.jsonl").read_text().splitlines(True)
+        (folder/"labelled/sequences.jsonl").write_text("".join(lines[:400]))
+        result = train(folder, "labelled", "m", "--max_steps", 60, "--max_length", 70, *TINY, drawn=False)
         assert result.returncode == 0, result.stderr
         (folder/"printed.txt").write_text(result.stdout)
     return once(labelled_digits)
@@ -77,18 +77,18 @@ def exported(digits, once):
     return once(exported_digits)
 
 
-def test_the_corpus_is_the_same_but_for_the_labels(asked):
-    before = [json.loads(line) for line in open(asked/"plain/data.jsonl")]
-    after = [json.loads(line) for line in open(asked/"asked/sequences.jsonl")]
-    labelled = 0
+def test_the_corpus_is_the_same_but_for_the_labels(labelled):
+    before = [json.loads(line) for line in open(labelled/"plain/data.jsonl")]
+    after = [json.loads(line) for line in open(labelled/"labelled/sequences.jsonl")]
+    with_label = 0
     for old, new in zip(before, after, strict=True):
         tokens = new["tokens"]
         if tokens[0].startswith("label:"):
-            labelled += 1
+            with_label += 1
             assert tokens.pop(0) == f"label:{old['label']}"
         assert tokens == old["text"].split() and "label" not in new
-    assert 0.7 < labelled/len(after) < 0.9
-    vocab = json.loads((asked/"asked/vocab.json").read_text())
+    assert 0.7 < with_label/len(after) < 0.9
+    vocab = json.loads((labelled/"labelled/vocab.json").read_text())
     assert vocab == {**VOCAB, "label:down": 9, "label:up": 10}
 
 
@@ -98,7 +98,7 @@ def test_special_tokens_in_the_data_and_long_sequences_survive(tmp_path):
     write_lines(tmp_path/"plain", lines)
     assert put_labels(tmp_path, "--unlabelled_share", 0).returncode == 0
     assert sequences(tmp_path) == [["label:0", *NOTES*1000], ["label:b", *NOTES[:2]]]
-    read_corpus(tmp_path/"asked", make_tokenizer(tmp_path/"asked/vocab.json"), 6000, cache_dir=tmp_path)
+    read_corpus(tmp_path/"labelled", make_tokenizer(tmp_path/"labelled/vocab.json"), 6000, cache_dir=tmp_path)
 
 
 LINE = {"tokens": NOTES, "label": 1}
@@ -115,7 +115,7 @@ LINE = {"tokens": NOTES, "label": 1}
 def test_mistakes(line, args, words, tmp_path):
     write_lines(tmp_path/"plain", [line])
     refused(put_labels(tmp_path, *args), words)
-    assert not (tmp_path/"asked").exists()
+    assert not (tmp_path/"labelled").exists()
 
 
 def test_bad_lines_are_left_out_where_that_is_asked_for(tmp_path):
@@ -127,17 +127,17 @@ def test_bad_lines_are_left_out_where_that_is_asked_for(tmp_path):
     assert sequences(tmp_path) == [["label:up", "C4", "D4"], ["label:down", "D4", "C4"]]
 
 
-def test_never_twice_and_never_over_another(asked):
-    def again(data): return seqgpt("corpus", "labelled", "--data_path", data, "--out_dir", "again", cwd=asked)
-    refused(again("asked"), "symbols of labels already", "'label:down'")
-    refused(put_labels(asked), "is there already")
+def test_never_twice_and_never_over_another(labelled):
+    def again(data): return seqgpt("corpus", "labelled", "--data_path", data, "--out_dir", "again", cwd=labelled)
+    refused(again("labelled"), "symbols of labels already", "'label:down'")
+    refused(put_labels(labelled), "is there already")
     refused(again("nowhere"), "nowhere")
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_draws_what_is_asked_for(word, asked):
-    result = generate_by_command(asked, "--prompt", f"label:{word}", "--num_samples", 30, "--seed", 0, "--top_p", 0.9,
-                                 "--guidance", 1.5)
+def test_samples_have_the_label_of_the_prompt(word, labelled):
+    result = generate_by_command(labelled, "--prompt", f"label:{word}", "--num_samples", 30, "--seed", 0,
+                                 "--top_p", 0.9, "--guidance", 1.5)
     assert result.returncode == 0, result.stderr
     right = []
     for line in result.stdout.splitlines():
@@ -147,16 +147,16 @@ def test_draws_what_is_asked_for(word, asked):
     assert np.mean(right) > 0.9, result.stdout
 
 
-def test_training_draws_ten_of_each(asked):
-    rows = [json.loads(line) for line in open(asked/"m/samples.jsonl")]
+def test_training_samples_ten_of_each(labelled):
+    rows = [json.loads(line) for line in open(labelled/"m/samples.jsonl")]
     assert [r["tokens"][0] for r in rows] == ["label:down"]*10 + ["label:up"]*10
     assert all(r["given"] == 1 for r in rows)
 
 
 @pytest.mark.parametrize("scale", [0, 0.5, 2.0, 5.0])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_guidance_is_that_of_transformers(scale, use_cache, asked):
-    folder = asked/"m/best_model"
+def test_guidance_is_that_of_transformers(scale, use_cache, labelled):
+    folder = labelled/"m/best_model"
     model = load_model(folder)
     tokenizer = load_tokenizer(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -185,22 +185,22 @@ def test_guidance_on_onnx_runtime_draws_the_same(exported):
     (["--guidance", -1, "--prompt", "label:up"], "guidance is -1"),
     (["--guidance", 2], "prefix without symbols"),
 ])
-def test_guidance_mistakes(args, words, asked): refused(generate_by_command(asked, *args), words)
+def test_guidance_mistakes(args, words, labelled): refused(generate_by_command(labelled, *args), words)
 
 
-def test_an_unlabelled_model_goes_on_with_labels(asked):
+def test_an_unlabelled_model_goes_on_with_labels(labelled):
     "Its vocabulary grows by them."
-    result = train(asked, "plain", "before", "--max_steps", 5, "--max_length", 16, *TINY, bare=True)
+    result = train(labelled, "plain", "before", "--max_steps", 5, "--max_length", 16, *TINY, bare=True)
     assert result.returncode == 0
-    result = train(asked, "asked", "after", "--init_from", "before/best_model", "--max_steps", 5, bare=True)
+    result = train(labelled, "labelled", "after", "--init_from", "before/best_model", "--max_steps", 5, bare=True)
     assert result.returncode == 0 and "knows 5 of the 7 symbols" in result.stdout, result.stderr
-    assert AutoTokenizer.from_pretrained(asked/"after/best_model")("label:up C4")["input_ids"] == [10, 4]
+    assert AutoTokenizer.from_pretrained(labelled/"after/best_model")("label:up C4")["input_ids"] == [10, 4]
 
 
 def test_labelled_digits_are_still_pictures(digits):
-    assert digits_shape(json.loads((digits/"asked/vocab.json").read_text())) == (8, 2)
+    assert digits_shape(json.loads((digits/"labelled/vocab.json").read_text())) == (8, 2)
     printed = (digits/"printed.txt").read_text()
-    assert "as the digit that was asked for" in printed
+    assert "as the digit of their label" in printed
     assert re.search(r"^m/samples.jsonl: \d+ samples.\nm/samples.png: of ", printed, re.M) # both files are named
     assert (digits/"m/samples.png").stat().st_size > 1000
 
@@ -218,7 +218,7 @@ def test_the_page_asks_for_a_label(flavour, exported):
     tokenizer = load_tokenizer(folder)
 
     def check(page):
-        expect(page.locator("#label option")).to_have_text(["anything", *"0123456789"])
+        expect(page.locator("#label option")).to_have_text(["any", *"0123456789"])
         page.select_option("#label", label="7")
         expect(page.locator("#rows")).to_have_value("0")
         page.fill("#seed", "5")

@@ -1,5 +1,5 @@
-"""Markov corpora, floors and the samples' report, through the command, against computations that share no code with the
-library."""
+"""Markov corpora, lower bounds and the samples' report, through the command, against computations that share no code
+with the library."""
 import json
 import math
 import re
@@ -56,23 +56,23 @@ def by_the_rule(source, tokens, c):
 def recomputed(source, rows):
     """Mean nats a token for a model that is told the class, and for one that infers it, and the share of classes
     inferred: products of probabilities, no steps."""
-    told = inferred = right = tokens = 0
+    conditional = inferred = right = tokens = 0
     lengths = source["max_length"] - source["min_length"] + 1
     for row in rows:
         given = [math.prod(by_the_rule(source, row["tokens"], c)) for c in range(3)]
         joint = [p / len(source["symbols"]) / lengths for p in given]
-        told -= math.log(joint[row["label"]])
+        conditional -= math.log(joint[row["label"]])
         inferred -= math.log(sum(joint) / 3)
         right += (joint[row["label"]] == max(joint)) / joint.count(max(joint))
         tokens += len(row["tokens"]) + 1
-    return told/tokens, inferred/tokens, right/len(rows)
+    return conditional/tokens, inferred/tokens, right/len(rows)
 
 
 def test_limits_follow_from_source_json(markov):
     folder, printed = markov
     source, rows = corpus(folder)
-    told, inferred, right = recomputed(source, rows)
-    assert f"class told      perplexity {math.exp(told):.4g}," in printed
+    conditional, inferred, right = recomputed(source, rows)
+    assert f"class told      perplexity {math.exp(conditional):.4g}," in printed
     assert f"class inferred  perplexity {math.exp(inferred):.4g}," in printed
     assert f"classification  accuracy {right:.2%}" in printed
     assert {row["label"] for row in rows} == {0, 1, 2}
@@ -144,25 +144,25 @@ def measured(markov):
     return folder, result.stdout
 
 
-def test_floors_next_to_the_model(measured):
+def test_lower_bounds_next_to_the_model(measured):
     folder, printed = measured
     source, rows = corpus(folder, "validation")
-    told, inferred, _ = recomputed(source, rows)
+    conditional, inferred, _ = recomputed(source, rows)
     metrics = metrics_of(folder/"outputs/best_model/evaluation")
     assert metrics["sequences"] == 60 == len(json.loads((folder/"outputs/split.json").read_text())["validation"])
-    floors = metrics["floors"]
-    assert np.isclose(floors["class told"]["perplexity"], math.exp(told))
-    assert np.isclose(floors["class inferred"]["perplexity"], math.exp(inferred))
+    bounds = metrics["floors"]
+    assert np.isclose(bounds["class told"]["perplexity"], math.exp(conditional))
+    assert np.isclose(bounds["class inferred"]["perplexity"], math.exp(inferred))
     assert np.isclose(metrics["perplexity_over_floor"], metrics["perplexity"] / math.exp(inferred))
     assert metrics["perplexity_over_floor"] > 1
-    assert np.isclose(metrics["accuracy_below_best"], floors["class inferred"]["accuracy"] - metrics["accuracy"])
+    assert np.isclose(metrics["accuracy_below_best"], bounds["class inferred"]["accuracy"] - metrics["accuracy"])
     for name in ("perplexity", "accuracy", "perplexity_over_floor", "accuracy_below_best"):
         low, high = metrics[f"{name}_interval"]
         assert low < metrics[name] < high
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["nats_per_sequence"]*60/metrics["tokens"]))
     counts = [sum(len(row["tokens"]) + 1 > t for row in rows) for t in range(len(metrics["nats_by_position"]))]
     assert np.dot(metrics["nats_by_position"], counts) == pytest.approx(60*metrics["nats_per_sequence"], rel=1e-4)
-    assert "above the floor" in printed and "best, class told" in printed
+    assert "above the lower bound" in printed and "best, class told" in printed
 
 
 def test_samples_are_held_against_the_source(measured):
@@ -209,7 +209,7 @@ def without(d, name): return {k: v for k, v in d.items() if k != name}
     (lambda d: json.dumps({**d, "successors": [[99]*3]*20}), "not numbers of symbols"),
     (lambda d: json.dumps({**d, "successors": [row[::-1] for row in d["successors"][::-1]]}), "is not from the source"),
 ])
-def test_a_source_that_does_not_fit_costs_only_the_floor(measured, damage, words, tmp_path):
+def test_a_source_that_does_not_fit_costs_only_the_lower_bound(measured, damage, words, tmp_path):
     folder, _ = measured
     source = (folder/"m/source.json").read_text()
     try:
@@ -227,7 +227,7 @@ def evaluate_file(model, name, *args, cwd, **options):
                   cwd=cwd, **options)
 
 
-def test_sequences_without_labels_have_a_floor_too(measured, tmp_path):
+def test_sequences_without_labels_have_a_lower_bound_too(measured, tmp_path):
     folder, _ = measured
     rows = read(folder/"m/validation.jsonl")
     (tmp_path/"some.jsonl").write_text("".join(json.dumps({"tokens": row["tokens"]}) + "\n" for row in rows))
@@ -238,7 +238,7 @@ def test_sequences_without_labels_have_a_floor_too(measured, tmp_path):
     assert metrics_of(tmp_path/"e")["floors"] == {"class inferred": labelled["class inferred"]}
 
 
-def test_sequences_cut_off_have_a_floor_too(markov):
+def test_sequences_cut_off_have_a_lower_bound_too(markov):
     folder, _ = markov
     source, rows = corpus(folder)
     out = folder/f"cut{source['order']}"
@@ -258,13 +258,13 @@ def test_sequences_cut_off_have_a_floor_too(markov):
     assert metrics["floors"]["class told"]["perplexity"] == pytest.approx(math.exp(nats/tokens))
 
 
-def test_a_single_sequence_has_a_floor_and_no_interval(measured, tmp_path):
+def test_a_single_sequence_has_a_lower_bound_and_no_interval(measured, tmp_path):
     folder, _ = measured
     (tmp_path/"one.jsonl").write_text(json.dumps(read(folder/"m/validation.jsonl")[0]) + "\n")
     (tmp_path/"source.json").write_text((folder/"m/source.json").read_text())
     result = evaluate_file(folder, "one.jsonl", "--num_samples", 0, cwd=tmp_path)
     assert result.returncode == 0 and "nan" not in result.stdout, result.stdout
-    assert "above the floor, accuracy" in result.stdout, result.stdout
+    assert "above the lower bound, accuracy" in result.stdout, result.stdout
 
 
 def test_validation_path(melodies, tmp_path):
@@ -276,7 +276,7 @@ def test_validation_path(melodies, tmp_path):
     result = run("--validation_path", "b")
     assert result.returncode == 0, result.stderr
     says = (r"150 sequences to train, 60 to validate; "
-            r"(\d+) validation sequences also stand in the training set")
+            r"(\d+) validation sequences also appear in the training set")
     shared = int(re.search(says, result.stdout)[1])
     known = {tuple(t) for t, _ in melodies[:150]}
     assert shared == sum(tuple(t) in known for t, _ in melodies[140:]) >= 10
@@ -336,8 +336,8 @@ def test_classes_that_are_alike_cannot_be_told_apart(tmp_path):
     result = seqgpt("corpus", "markov", "--out_dir", "m", "--num_sequences", 50, "--order", 2, "--difference", 0,
                     *SMALL, cwd=tmp_path)
     assert "classification  accuracy 33.33%" in result.stdout, result.stdout
-    inferred, told = re.findall(r"class \w+ +(perplexity .*)", result.stdout)
-    assert inferred == told
+    inferred, conditional = re.findall(r"class \w+ +(perplexity .*)", result.stdout)
+    assert inferred == conditional
 
 
 def test_a_foreign_source_that_could_be_is_found_out(tmp_path):
@@ -352,7 +352,7 @@ def test_a_foreign_source_that_could_be_is_found_out(tmp_path):
     assert result.returncode == 0 and "source.json cannot be the source" in result.stdout, result.stdout
 
 
-def test_a_model_far_from_the_floor_stays_in_the_picture():
+def test_a_model_far_from_the_lower_bound_stays_in_the_picture():
     from seqgpt.panels import plot_positions
     def perplexities(nats): return np.exp([6.0, *[min(nats, 700)]*30])
     for nats in (4.0, 900.0):

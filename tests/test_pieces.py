@@ -466,7 +466,7 @@ def test_what_is_known_of_a_stream(mixed):
     size = sum(p.stat().st_size for p in mixed.iterdir())/1000
     corpus, split = stream_corpus(mixed, TOKENIZER, held_out=9)
     assert str(corpus).startswith(f"A stream of 3 files, {size:.1f}kB, read while")
-    assert str(split).startswith("9 sequences to validate; what is not set aside")
+    assert str(split).startswith("9 sequences to validate, the rest to train")
     assert corpus.report["fingerprint"] == fingerprint() != fingerprint(20)
     with open(mixed/"0.jsonl", "a") as f: f.write("\n" + json.dumps(records(1)[0]))
     assert corpus.report["fingerprint"] != fingerprint()

@@ -199,9 +199,9 @@ def test_dockerfile_is_in_step_with_the_package():
     assert set(sent) >= IMAGE and all((ROOT/name).exists() for name in sent)
     assert last["USER"].split(":")[0].isdigit() and int(last["USER"].split(":")[0]) > 0
     command, *words = json.loads(last["ENTRYPOINT"])
-    told = subprocess.run([command, words[0], "--help"], capture_output=True, text=True, timeout=120)
-    assert told.returncode == 0, told.stderr
-    for flag in words[1::2]: assert f"{flag} " in told.stdout # each has a value
+    result = subprocess.run([command, words[0], "--help"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for flag in words[1::2]: assert f"{flag} " in result.stdout # each has a value
     port = words[words.index("--port") + 1]
     assert last["EXPOSE"] == port and f"127.0.0.1:{port}/" in last["HEALTHCHECK"]
     compile(json.loads(last["HEALTHCHECK"].partition("CMD ")[2])[2], "HEALTHCHECK", "exec")

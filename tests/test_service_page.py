@@ -380,7 +380,7 @@ def test_a_server_that_is_gone(digits, page):
     with serve_in_thread(make_app(Service((digits.model, digits.tokenizer)))) as url:
         page.goto(url)
         expect(page.get_by_role("status")).to_have_text("Ready.")
-        assert page.locator("#opinion").is_hidden() # there is no classifier
+        assert page.locator("#prediction").is_hidden() # there is no classifier
     page.get_by_role("button", name="Continue", exact=True).click()
     expect(page.get_by_role("status")).to_have_text(LOST)
     expect(page.get_by_role("button", name="Continue", exact=True)).to_be_enabled()
