@@ -206,8 +206,7 @@ class InferSettings:
     # auto: pytorch, unless model_path is an exported folder or a file in it
     runtime: typing.Literal["auto", "pytorch", "onnx"] = "auto"
     skip_bad_lines: bool = False # Go on without lines of prompt_file that cannot be used, and say how many
-    # Where encoded data is kept; default: next to the cache of Hugging Face datasets
-    cache_dir: OutputPath | None = None
+    cache_dir: OutputPath | None = None # Where encoded data is kept; default: next to the cache of datasets
 
     @property
     def out_file(self) -> str:
