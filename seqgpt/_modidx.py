@@ -541,8 +541,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'seqgpt.optim': { 'seqgpt.optim.Muon': ('library/optim.html#muon', 'seqgpt/optim.py'),
                               'seqgpt.optim.Muon.__init__': ('library/optim.html#muon.__init__', 'seqgpt/optim.py'),
                               'seqgpt.optim.Muon.step': ('library/optim.html#muon.step', 'seqgpt/optim.py'),
-                              'seqgpt.optim.Muon.step_each': ('library/optim.html#muon.step_each', 'seqgpt/optim.py'),
-                              'seqgpt.optim.newton_schulz_in_fp32': ('library/optim.html#newton_schulz_in_fp32', 'seqgpt/optim.py'),
                               'seqgpt.optim.orthogonalize': ('library/optim.html#orthogonalize', 'seqgpt/optim.py')},
             'seqgpt.panels': { 'seqgpt.panels.name_ticks': ('library/panels.html#name_ticks', 'seqgpt/panels.py'),
                                'seqgpt.panels.plot_accuracy': ('library/panels.html#plot_accuracy', 'seqgpt/panels.py'),
