@@ -20,7 +20,7 @@ from .checks import InputError, read_json
 from .config import Config, read_config, write_config
 from .data import Split, class_names, count_shared
 from .encoding import Corpus
-from .files import atomic_write, locked, remove, remove_partial
+from .files import atomic_write, finish_replace, locked, remove, remove_partial
 from .loading import WEIGHTS_FILE
 from .metrics import out_of_patience
 from .model import count_parameters
@@ -132,6 +132,8 @@ def find_checkpoint(
     config = run.config
     check_no_links(out)
     if config.overwrite: return None, False
+    for folder in (out, out/"checkpoints"):
+        for new in folder.glob(".*.new/"): finish_replace(folder/new.stem[1:])
     checkpoint, state = newest_checkpoint(out/"checkpoints")
     if not config.resume:
         check_free(out, checkpoint)

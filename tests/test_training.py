@@ -17,6 +17,7 @@ import seqgpt.training as T
 from seqgpt.checks import InputError
 from seqgpt.config import Config, read_config, run_config, without_folders, write_config
 from seqgpt.data import collate
+from seqgpt.files import finish_replace
 from seqgpt.loading import load_folder, load_model
 from seqgpt.markov import make_markov, write_markov
 from seqgpt.metrics import out_of_patience, validation_metrics
@@ -225,6 +226,21 @@ def test_a_model_that_is_replaced_while_it_is_loaded_comes_with_its_own_tokenize
     model, tokenizer = load_folder(tmp_path/"best_model")
     assert tokenizer.convert_ids_to_tokens([4, 5]) == ["b", "a"]
     assert torch.equal(model.transformer.wte.weight, others[0].transformer.wte.weight)
+
+
+def test_a_model_is_loaded_when_the_old_one_has_lost_its_name_and_the_new_one_has_none_yet(tmp_path, monkeypatch):
+    best = tmp_path/"best_model"
+    small_model(best, "ab")
+    loaded = []
+    def load_first(path):
+        if path == best and not best.exists(): loaded.append(load_folder(best))
+        finish_replace(path)
+    monkeypatch.setattr("seqgpt.files.finish_replace", load_first) # as the writing process sees it
+    model = small_model(best, "ba")
+    for found, tokenizer in [*loaded, load_folder(best)]:
+        assert tokenizer.convert_ids_to_tokens([4, 5]) == ["b", "a"]
+        assert torch.equal(found.transformer.wte.weight, model.transformer.wte.weight)
+    assert len(loaded) == 1 and [p.name for p in tmp_path.iterdir()] == ["best_model"]
 
 
 def test_a_model_that_is_taken_away_while_it_is_loaded(tmp_path, monkeypatch):
