@@ -16,8 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from .checks import MODEL_REMEDY, InputError, read_json, user_path
-from .files import finish_replace
+from .checks import MODEL_REMEDY, InputError, finish_replace, read_json, user_path
 from .model import KINDS, TASKS, exact_loss, label_fields, parameter_shapes, reason
 from .tokenizer import load_tokenizer
 

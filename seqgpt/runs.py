@@ -16,11 +16,11 @@ from pathlib import Path
 from transformers import TrainerState
 
 from .checkpoints import checkpoints_in, read_checkpoint, resume_command, weights_fit
-from .checks import InputError, read_json
+from .checks import InputError, finish_replace, read_json
 from .config import Config, read_config, write_config
 from .data import Split, class_names, count_shared
 from .encoding import Corpus
-from .files import atomic_write, finish_replace, locked, remove, remove_partial
+from .files import atomic_write, locked, remove, remove_partial
 from .loading import WEIGHTS_FILE
 from .metrics import out_of_patience
 from .model import count_parameters

@@ -15,6 +15,7 @@ from conftest import NOTES, TINY, write_lines
 from safetensors.torch import load_file, save_file
 
 from seqgpt.callbacks import StopOnSignal
+from seqgpt.checks import existing_model
 from seqgpt.cli import main, stop_on_signals
 from seqgpt.loading import load_folder, load_model, task_of
 
@@ -244,19 +245,21 @@ main({argv})
 """
 
 
-@pytest.mark.parametrize("name", ["best_model", ".best_model.new"])
-@pytest.mark.parametrize("loaded", [True, False])
-def test_killed_while_a_folder_is_replaced(fresh, undisturbed, name, loaded):
-    "Before the old one loses its name, or before the new one gets it."
+@pytest.mark.parametrize("name, reader", [
+    ("best_model", None), ("best_model", load_folder),
+    (".best_model.new", None), (".best_model.new", load_folder), (".best_model.new", task_of),
+    (".best_model.new", existing_model), # as the command line checks it first
+])
+def test_killed_while_a_folder_is_replaced(fresh, undisturbed, name, reader):
+    "Before the old one loses its name, or before the new one gets it; and then it is asked for, or not."
     folder, ask = fresh
     ran = ask(code=KILLED.format(name=name, argv=[*map(str, RUN)]))
     assert "(exit code -9)" in ran["printed"], ran
     best = folder/"outputs/best_model"
     new = folder/"outputs/.best_model.new"
     assert new.exists() and best.exists() == (name == "best_model")
-    if loaded:
-        assert task_of(best) == "clm" and load_folder(best)
-        assert best.exists() and new.exists() == (name == "best_model")
+    if reader: assert reader(best)
+    if reader: assert best.exists() and new.exists() == (name == "best_model")
     resume(ask, folder, undisturbed()[1], *RUN, "--resume")
 
 

@@ -14,10 +14,9 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 import seqgpt.training as T
-from seqgpt.checks import InputError
+from seqgpt.checks import InputError, finish_replace
 from seqgpt.config import Config, read_config, run_config, without_folders, write_config
 from seqgpt.data import collate
-from seqgpt.files import finish_replace
 from seqgpt.loading import load_folder, load_model
 from seqgpt.markov import make_markov, write_markov
 from seqgpt.metrics import out_of_patience, validation_metrics
