@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 import seqgpt.training as T
-from seqgpt.checks import InputError, finish_replace
+from seqgpt.checks import InputError
 from seqgpt.config import Config, read_config, run_config, without_folders, write_config
 from seqgpt.data import collate
 from seqgpt.loading import load_folder, load_model
@@ -231,10 +231,14 @@ def test_a_model_is_loaded_when_the_old_one_has_lost_its_name_and_the_new_one_ha
     best = tmp_path/"best_model"
     small_model(best, "ab")
     loaded = []
-    def load_first(path):
-        if path == best and not best.exists(): loaded.append(load_folder(best))
-        finish_replace(path)
-    monkeypatch.setattr("seqgpt.files.finish_replace", load_first) # as the writing process sees it
+    rename = Path.rename
+    def load_first(path, target):
+        if path.name == ".best_model.new": # the last step of the writing process
+            monkeypatch.undo()
+            assert not best.exists()
+            loaded.append(load_folder(best))
+        return rename(path, target)
+    monkeypatch.setattr(Path, "rename", load_first)
     model = small_model(best, "ba")
     for found, tokenizer in [*loaded, load_folder(best)]:
         assert tokenizer.convert_ids_to_tokens([4, 5]) == ["b", "a"]
