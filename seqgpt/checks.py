@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['VOCAB_REMEDY', 'MODEL_REMEDY', 'OutputPath', 'DataPath', 'VocabPath', 'ModelPath', 'InputError', 'counted',
            'to_builtin', 'whole_number', 'user_path', 'check_file', 'read_text', 'unique', 'read_json', 'check_absent',
-           'existing_data', 'existing_vocab', 'existing_model', 'path_checks', 'check_paths']
+           'finish_replace', 'existing_data', 'existing_vocab', 'existing_model', 'path_checks', 'check_paths']
 
 # %% ../nbs/library/checks.ipynb #56f26647
+import contextlib
 import json
 import operator
 import os
@@ -113,6 +114,15 @@ def check_absent(
     for path in paths:
         if path.exists(): raise InputError(f"{path}: is there already. Choose another {choose}, or move it away.")
 
+# %% ../nbs/library/checks.ipynb #4d6f1b02
+def finish_replace(
+    path: str | Path, # Of a folder that may be missing
+):
+    "Gives a new folder its name, if the process that was replacing the old one was interrupted."
+    if os.path.exists(path): return
+    path = Path(path)
+    with contextlib.suppress(OSError): path.with_name(f".{path.name}.new").rename(path)
+
 # %% ../nbs/library/checks.ipynb #281d1d1f
 VOCAB_REMEDY = "A vocabulary is an object {symbol: id}. Name another with --vocab_path."
 MODEL_REMEDY = "Give the folder of a trained model, such as outputs/best_model."
@@ -139,6 +149,7 @@ def existing_model(
     "The path; raises `InputError` where there is no `config.json`, perhaps in `onnx`."
     path = user_path(path)
     folder = path.parent if path.suffix == ".onnx" else path
+    for replaced in (folder, folder/"onnx"): finish_replace(replaced)
     if not os.path.lexists(folder/"onnx/config.json"): check_file(folder/"config.json", MODEL_REMEDY)
     return path
 

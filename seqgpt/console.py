@@ -94,7 +94,7 @@ def print_labels(
     "Prints and writes what a classifier says; raises `InputError` for sequences that cannot be classified."
     from scipy.special import softmax
     from seqgpt.classification import predict
-    from seqgpt.files import write_lines
+    from seqgpt.writing import write_lines
     from seqgpt.prompts import encode_sequences
     ids = encode_sequences(model, tokenizer, prompts)
     if min(map(len, ids)) < 3:

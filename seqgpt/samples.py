@@ -20,14 +20,13 @@ from scipy import sparse
 from .baselines import histories
 from .checks import counted, user_path
 from .corpora import DigitRecognizer, digits_shape, to_images
-from .files import write_lines
 from .inference import generate
 from .plots import plot_images, save_figure
 from .progress import tqdm
 from .prompts import encode_prompt
 from .records import unframed
 from .tokenizer import html_table
-from .writing import LABEL_PREFIX
+from .writing import LABEL_PREFIX, write_lines
 
 # %% ../nbs/library/samples.ipynb #1782a4ad
 def seen_pairs(

@@ -14,7 +14,7 @@ from pathlib import Path
 from .checks import InputError, counted, read_json, user_path
 from .config import Config, without_folders, write_config
 from .files import atomic_write, locked
-from .loading import WEIGHTS_FILE, model_version
+from .loading import model_version
 from .model import count_parameters
 from .progress import tqdm
 from .tokenizer import save_tokenizer
@@ -118,7 +118,7 @@ def model_around(
 ) -> Path | None:
     "The folder of a model that `path` is in."
     parents = Path(os.path.abspath(user_path(path))).parents
-    return next((p for p in parents if (p/WEIGHTS_FILE).exists()), None)
+    return next((p for p in parents if model_version(p)), None)
 
 @contextlib.contextmanager
 def model_unchanged(

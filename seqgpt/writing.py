@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABEL_PREFIX', 'checked_list', 'symbol_text', 'checked_symbols', 'checked_label', 'found_vocab', 'given_vocab',
-           'with_labels', 'warn_of_floats', 'write_corpus', 'label_symbols', 'write_labelled']
+           'write_lines', 'with_labels', 'warn_of_floats', 'write_corpus', 'label_symbols', 'write_labelled']
 
 # %% ../nbs/library/writing.ipynb #4c61b341
 import itertools
@@ -22,7 +22,7 @@ import torch
 from .checks import InputError, check_absent, counted, user_path
 from .data import class_names
 from .encoding import read_corpus
-from .files import atomic_write, write_lines
+from .files import atomic_write
 from .progress import tqdm
 from .records import BadLine, is_missing, label_name, unframed
 from .sources import find_vocab
@@ -105,6 +105,16 @@ def given_vocab(
     if isinstance(vocab, str | os.PathLike): vocab = read_vocab(vocab)
     if isinstance(vocab, dict): return vocab
     raise InputError(f"The vocabulary is given as {type(vocab).__name__}. Give {{symbol: id}}, or a path.")
+
+# %% ../nbs/library/writing.ipynb #2b116e55
+def write_lines(
+    path: str | Path, # A JSON Lines file
+    rows, # Dictionaries; arrays and tensors in them become lists
+):
+    "Writes a row on each line."
+    def to_list(value): return value.tolist()
+    with atomic_write(path) as part, open(part, "w", encoding="utf-8") as f:
+        for row in rows: f.write(json.dumps(row, ensure_ascii=False, default=to_list) + "\n")
 
 # %% ../nbs/library/writing.ipynb #3f311de2
 def with_labels(

@@ -69,7 +69,7 @@ def test_outputs_are_complete(trained):
                  "best_model/evaluation/metrics.json", "best_model/evaluation/evaluation.png"):
         assert (outputs/name).stat().st_size > 0, name
     assert any((outputs/"runs").glob("events.out.tfevents.*"))
-    assert not [*trained.rglob(".*.part"), *trained.rglob(".*.old")]
+    assert not [*trained.rglob(".*.part"), *trained.rglob(".*.new")]
     split = read_json(outputs/"split.json")
     assert sorted(split["train"] + split["validation"]) == list(range(200)) and len(split["validation"]) == 40
 

@@ -15,8 +15,9 @@ from conftest import NOTES, TINY, write_lines
 from safetensors.torch import load_file, save_file
 
 from seqgpt.callbacks import StopOnSignal
+from seqgpt.checks import existing_model
 from seqgpt.cli import main, stop_on_signals
-from seqgpt.loading import load_model, task_of
+from seqgpt.loading import load_folder, load_model, task_of
 
 RUN = ["train", "--data_path", "data.jsonl", "--cache_dir", "cache", "--max_length", 12, "--num_epochs", 2,
        "--eval_steps", 4, "--logging_steps", 3, "--precision", "fp32", *TINY,
@@ -119,7 +120,7 @@ def history(outputs):
 
 def left(outputs, bare=True):
     "Weights and history of a finished run; of one that is not bare, also evaluation and samples."
-    assert not [*outputs.rglob(".*.part"), *outputs.rglob(".*.old")]
+    assert not [*outputs.rglob(".*.part"), *outputs.rglob(".*.new")]
     names = ["final_model/model.safetensors", "best_model/model.safetensors", "split.json"]
     if not bare: names += ["best_model/evaluation/metrics.json", "best_model/evaluation/evaluation.png",
                            "samples.jsonl", "training_curves.png"]
@@ -232,6 +233,43 @@ def test_killed_after_any_time(fresh, undisturbed, seed):
     folder, ask = fresh
     seconds = random.Random(seed).uniform(0, 3)
     kill(folder, ask, undisturbed(bare=False)[1], bare=False, seconds=seconds)
+
+
+KILLED = """
+import os, signal, sys
+from seqgpt.cli import main
+def kill(event, args):
+    if event == "os.rename" and os.path.basename(args[0]) == {name!r}: os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+main({argv})
+"""
+
+
+@pytest.mark.parametrize("name, reader", [
+    ("best_model", None), ("best_model", load_folder),
+    (".best_model.new", None), (".best_model.new", load_folder), (".best_model.new", task_of),
+    (".best_model.new", existing_model), # as the command line checks it first
+])
+def test_killed_while_a_folder_is_replaced(fresh, undisturbed, name, reader):
+    "Before the old one loses its name, or before the new one gets it; and then it is asked for, or not."
+    folder, ask = fresh
+    ran = ask(code=KILLED.format(name=name, argv=[*map(str, RUN)]))
+    assert "(exit code -9)" in ran["printed"], ran
+    best = folder/"outputs/best_model"
+    new = folder/"outputs/.best_model.new"
+    assert new.exists() and best.exists() == (name == "best_model")
+    if reader: assert reader(best)
+    if reader: assert best.exists() and new.exists() == (name == "best_model")
+    resume(ask, folder, undisturbed()[1], *RUN, "--resume")
+
+
+def test_killed_while_a_folder_is_replaced_and_not_resumed(fresh):
+    "What is there is still refused, as is any earlier run."
+    folder, ask = fresh
+    ask(code=KILLED.format(name=".best_model.new", argv=[*map(str, RUN)]))
+    shutil.rmtree(folder/"outputs/checkpoints")
+    refused, = ask(*RUN)
+    assert refused["code"] == 2 and "outputs: holds an earlier run" in refused["err"], refused
 
 
 def test_killed_again_and_again(fresh, undisturbed):

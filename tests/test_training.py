@@ -227,6 +227,25 @@ def test_a_model_that_is_replaced_while_it_is_loaded_comes_with_its_own_tokenize
     assert torch.equal(model.transformer.wte.weight, others[0].transformer.wte.weight)
 
 
+def test_a_model_is_loaded_when_the_old_one_has_lost_its_name_and_the_new_one_has_none_yet(tmp_path, monkeypatch):
+    best = tmp_path/"best_model"
+    small_model(best, "ab")
+    loaded = []
+    rename = Path.rename
+    def load_first(path, target):
+        if path.name == ".best_model.new": # the last step of the writing process
+            monkeypatch.undo()
+            assert not best.exists()
+            loaded.append(load_folder(best))
+        return rename(path, target)
+    monkeypatch.setattr(Path, "rename", load_first)
+    model = small_model(best, "ba")
+    for found, tokenizer in [*loaded, load_folder(best)]:
+        assert tokenizer.convert_ids_to_tokens([4, 5]) == ["b", "a"]
+        assert torch.equal(found.transformer.wte.weight, model.transformer.wte.weight)
+    assert len(loaded) == 1 and [p.name for p in tmp_path.iterdir()] == ["best_model"]
+
+
 def test_a_model_that_is_taken_away_while_it_is_loaded(tmp_path, monkeypatch):
     small_model(tmp_path/"best_model", "ab")
     monkeypatch.setattr("seqgpt.loading.load_file", lambda path: (shutil.rmtree(tmp_path/"best_model"), open(path)))
