@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from configparser import ConfigParser
+from pathlib import Path
 
 import ctranslate2
 import httpx
@@ -455,6 +456,13 @@ def allowed(newest: bool) -> tuple[str, list[str]]:
     return torch, [f"{name}=={version}" for name, version in lowest.items()]
 
 
+def python_of(version: str) -> str | None:
+    "A Python of that version on this machine, pyenv's included."
+    pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    for python in (shutil.which(f"python{version}"), *pyenv):
+        if python and subprocess.run([python, "--version"], capture_output=True).returncode == 0: return str(python)
+
+
 def ask_server(python, folder, env):
     "One completion of a server that is started for it."
     command = [python, "-m", "seqgpt.cli", "serve", "--model_path", "run/best_model", "--port", "0"]
@@ -480,7 +488,7 @@ def ask_server(python, folder, env):
 def test_the_main_job_is_done_with_all_versions_that_are_allowed(trained, tmp_path, version, newest):
     "Training, resuming, evaluation, export and serving."
     if not newest and version != "3.11": pytest.skip("old versions have no builds for newer Pythons")
-    start = shutil.which(f"python{version}")
+    start = python_of(version)
     if not start: pytest.skip(f"there is no Python {version}")
     torch, packages = allowed(newest)
     python = environment(tmp_path/"venv", *packages, torch=torch, start=start)
