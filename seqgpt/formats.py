@@ -10,6 +10,7 @@ import codecs
 import csv
 import gzip
 import re
+import zlib
 from pathlib import Path
 
 # %% ../nbs/library/formats.ipynb #6b3dd9c3
@@ -68,7 +69,7 @@ def sniff(
     if is_zipped:
         try:
             with gzip.open(path) as f: head = f.read(max_bytes)
-        except (EOFError, OSError, gzip.zlib.error): return None # which is said when it is read
+        except (EOFError, OSError, zlib.error): return None # which is said when it is read
     head = head.removeprefix(b"\xef\xbb\xbf")
     if not head.strip() or head.startswith(b"PAR1") or has_objects(head): return None
     known = (kind for start, *kind in SIGNATURES if re.match(start, head, re.DOTALL | re.IGNORECASE))

@@ -20,7 +20,7 @@ from .callbacks import Bar, Interrupted, KeepBest, StopOnSignal, StopWhenDiverge
 from .checkpoints import checkpoint_step, resume_command
 from .checks import InputError, read_json
 from .config import Config
-from .data import column, select
+from .data import column
 from .devices import fsdp_enabled, gather_model, pick_precision
 from .metrics import validation_metrics
 from .optim import Muon
@@ -72,7 +72,7 @@ def make_trainer(
     muon = Muon(run.model, config.learning_rate, config.weight_decay) if config.optimizer == "muon" else None
     by_length = np.argsort(column(split.validation, "length"), kind="stable")
     trainer = SequenceTrainer(
-        run.model, args, train_dataset=split.train, eval_dataset=select(split.validation, by_length),
+        run.model, args, train_dataset=split.train, eval_dataset=split.validation.select(by_length),
         processing_class=run.tokenizer, bf16_weights=args.use_cpu and pick_precision(config.precision) == "bf16",
         optimizers=(muon, None), callbacks=callbacks, **run.task_arguments)
     if run.is_main_process and fsdp_enabled() and not trainer.is_fsdp_enabled:

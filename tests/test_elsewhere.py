@@ -5,12 +5,15 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 from configparser import ConfigParser
+from pathlib import Path
 
 import ctranslate2
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -38,9 +41,9 @@ from seqgpt.tokenizer import (
 TORCH = torch.__version__.split("+")[0]
 
 
-def environment(folder, *packages, torch=TORCH):
+def environment(folder, *packages, torch=TORCH, start=sys.executable):
     "Python, in a new environment with PyTorch and `packages`."
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([start, "-m", "venv", folder], check=True)
     subprocess.run([folder/"bin/python", "-m", "pip", "install", "-q", f"torch=={torch}", *packages], check=True)
     return folder/"bin/python"
 
@@ -442,16 +445,53 @@ infer --model_path onnx --runtime onnx --mode generate --prompt C4
 """
 
 
-# several gigabytes are installed: for old versions of PyTorch the registry has builds for GPUs only
-@pytest.mark.slow
-def test_the_main_job_is_done_with_the_lowest_versions_that_are_allowed(trained, tmp_path):
+def allowed(newest: bool) -> tuple[str, list[str]]:
+    "PyTorch's version and the other packages of `settings.ini`: the lowest versions, or the newest on the registry."
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT/"settings.ini", encoding="utf-8")
     named = "\n".join(settings["DEFAULT"][f"{extra}requirements"] for extra in ("", "onnx_", "lora_", "serve_"))
     lowest = dict(re.findall(r"^([\w-]+)>=([\d.]+)", named, re.M))
     torch = lowest.pop("torch")
-    packages = [f"{name}=={version}" for name, version in lowest.items()]
-    python = environment(tmp_path/"venv", *packages, torch=torch)
+    if newest: return TORCH, [*lowest] # the builds of others are for GPUs
+    return torch, [f"{name}=={version}" for name, version in lowest.items()]
+
+
+def python_of(version: str) -> str | None:
+    "A Python of that version on this machine, pyenv's included."
+    pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    for python in (shutil.which(f"python{version}"), *pyenv):
+        if python and subprocess.run([python, "--version"], capture_output=True).returncode == 0: return str(python)
+
+
+def ask_server(python, folder, env):
+    "One completion of a server that is started for it."
+    command = [python, "-m", "seqgpt.cli", "serve", "--model_path", "run/best_model", "--port", "0"]
+    server = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said = ""
+        for line in server.stdout:
+            said += line
+            found = re.search(r"^Serving .+ at (http://\S+)$", line)
+            if found: break
+        assert found, said
+        answer = httpx.post(f"{found[1]}/v1/completions", json={"prompt": "C4", "max_tokens": 4}, timeout=60)
+        assert answer.status_code == 200 and answer.json()["choices"], answer.text
+    finally:
+        server.kill()
+        server.communicate()
+
+
+# several gigabytes are installed: for old versions of PyTorch the registry has builds for GPUs only
+@pytest.mark.slow
+@pytest.mark.parametrize("newest", [False, True], ids=["lowest", "newest"])
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_the_main_job_is_done_with_all_versions_that_are_allowed(trained, tmp_path, version, newest):
+    "Training, resuming, evaluation, export and serving."
+    if not newest and version != "3.11": pytest.skip("old versions have no builds for newer Pythons")
+    start = python_of(version)
+    if not start: pytest.skip(f"there is no Python {version}")
+    torch, packages = allowed(newest)
+    python = environment(tmp_path/"venv", *packages, torch=torch, start=start)
     (tmp_path/"data.jsonl").write_bytes((trained/"data.jsonl").read_bytes())
     (tmp_path/"vocab.json").write_bytes((trained/"vocab.json").read_bytes())
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -461,3 +501,4 @@ def test_the_main_job_is_done_with_the_lowest_versions_that_are_allowed(trained,
         command = [python, "-m", "seqgpt.cli", *line.split(), *sizes]
         result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert result.returncode == 0, f"{line}: {result.stderr}"
+    ask_server(python, tmp_path, env)

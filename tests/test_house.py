@@ -113,3 +113,43 @@ def test_definitions_are_shown_before_the_next(page):
 @pytest.mark.parametrize("path", [*MODULES, *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
 def test_only_tests_mock(path):
     assert "unittest.mock" not in path.read_text(encoding="utf-8")
+
+
+# Where a library has no public way, one place reaches into it, says why, and has a test of its own
+PRIVATE = {
+    ("data", "column"): {"_indices"},
+    ("optim", "newton_schulz_in_fp32"): {"_muon"},
+    ("trainer", "SequenceTrainer"): {"_get_dataloader", "_get_train_sampler", "_run_epoch", "_save_checkpoint",
+                                     "_load_from_checkpoint"},
+    ("trainer", "process_state"): {"_tr_loss"},
+    ("trainer", "_save_checkpoint"): {"_save_checkpoint", "_globalstep_last_logged"},
+    ("trainer", "_load_from_checkpoint"): {"_load_from_checkpoint"},
+    ("trainer", "_load_optimizer_and_scheduler"): {"_load_optimizer_and_scheduler"},
+    ("trainer", "load_schedule"): {"_last_lr"},
+    ("trainer", "_load_scaler"): {"_load_scaler"},
+    ("trainer", "_load_rng_state"): {"_load_rng_state", "_globalstep_last_logged", "_tr_loss"},
+}
+PUBLIC = {"_replace", "_asdict", "_fields", "_repr_html_", "_exit"} # documented, in spite of their names
+
+
+def is_private(name: str) -> bool: return name.startswith("_") and not name.endswith("__") and name not in PUBLIC
+
+
+def private_names(node) -> set[str]:
+    "Attributes, names of methods and imports in a piece of code that begin with an underscore."
+    found = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute | ast.FunctionDef): found.add(getattr(part, "attr", None) or part.name)
+        if isinstance(part, ast.ImportFrom): found |= {*(part.module or "").split("."), *(a.name for a in part.names)}
+        if isinstance(part, ast.Import): found |= {n for a in part.names for n in a.name.split(".")}
+    return {name for name in found if is_private(name)}
+
+
+@pytest.mark.parametrize("module", [*MODULES, *sorted((ROOT/"seqgpt/exported").glob("*.py"))], ids=lambda p: p.stem)
+def test_a_module_stays_out_of_the_private_parts_of_others(module):
+    found = {}
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+        key = module.stem, getattr(node, "name", "module")
+        names = private_names(node) - PRIVATE.get(key, set())
+        if names: found[key] = names
+    assert found == {}
