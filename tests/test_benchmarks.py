@@ -30,7 +30,8 @@ SIZES = "--rounds 1 --length 34 --n_layer 1 --n_head 2 --n_embd 16".split()
 BATCH = ["--batch_size", "2"]
 STEPS = [*BATCH, "--steps", "2"]
 FLAGS = {"training": STEPS, "small_models": STEPS, "tricks": STEPS, "lengths": [*STEPS, "--longest", "64"],
-         "evaluation": BATCH, "generation": [], "serving": [], "startup": [*BATCH, "--most_sequences", "1000"]}
+         "encoding": ["--sequences", "1000"], "evaluation": BATCH, "generation": [], "serving": [],
+         "startup": [*BATCH, "--most_sequences", "1000"]}
 EXTRA = {"x-transformers": "x_transformers", "Lightning": "lightning"}
 
 
@@ -62,8 +63,9 @@ def results(tmp_path_factory):
         patch.setattr(startup, "python", lambda *args: time.sleep(0.001)) # imports
         for name, flags in FLAGS.items():
             output = folder/f"{name}.json"
+            sizes = SIZES[:4] if name == "encoding" else SIZES # it has no model
             with redirect(None) as (said, _):
-                importlib.import_module(name).main([*SIZES, *flags, "--output", str(output)])
+                importlib.import_module(name).main([*sizes, *flags, "--output", str(output)])
             found[name] = json.loads(output.read_text()), said.getvalue()
     return found
 
@@ -76,7 +78,7 @@ def test_every_script_writes_its_results(results):
     assert {p.stem for p in (ROOT/"benchmarks/results").iterdir()} == {"quality", *FLAGS}
     for name, (result, said) in results.items():
         assert result["machine"]["torch"] == torch.__version__ and result["machine"]["processor"], name
-        assert result["settings"]["n_embd"] == 16 and re.search(r"^Wrote .*\.json\.$", said, re.M), name
+        assert result["settings"]["length"] == 34 and re.search(r"^Wrote .*\.json\.$", said, re.M), name
 
 
 def test_every_contender_is_there(results):
@@ -111,6 +113,12 @@ def test_both_sides_compute_the_same(results):
     assert [(row["name"], row["sequences"]) for row in found] == [(name, n) for n in (1, 8, 32) for name in who]
     for row in found: assert (row["ratio"] == 1) == (row["name"] == who[0])
     for row in found: assert row["same_tokens"] == 1 or not row["name"].endswith("fp32")
+
+
+def test_all_encode_the_same_sequences(results):
+    found = rows(results, "encoding")
+    assert len(found) == 5 and {row["sequences"] for row in found} == {1000}
+    assert [row["disk"] > 0 for row in found] == [True]*3 + [False]*2
 
 
 def test_wrong_flags_are_refused(capsys):
