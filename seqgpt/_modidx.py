@@ -891,6 +891,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'seqgpt/trainer.py'),
                                 'seqgpt.trainer.SequenceTrainer.load_process_state': ( 'library/trainer.html#sequencetrainer.load_process_state',
                                                                                        'seqgpt/trainer.py'),
+                                'seqgpt.trainer.SequenceTrainer.load_weights': ( 'library/trainer.html#sequencetrainer.load_weights',
+                                                                                 'seqgpt/trainer.py'),
                                 'seqgpt.trainer.SequenceTrainer.log': ('library/trainer.html#sequencetrainer.log', 'seqgpt/trainer.py'),
                                 'seqgpt.trainer.SequenceTrainer.process_state': ( 'library/trainer.html#sequencetrainer.process_state',
                                                                                   'seqgpt/trainer.py'),

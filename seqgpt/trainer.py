@@ -197,6 +197,11 @@ def save_checkpoint(self: SequenceTrainer):
 def _load_from_checkpoint(self: SequenceTrainer, checkpoint, model=None):
     # Private in Transformers 5.23: of a model that FSDP shares out, `train` reads weights from pickles only.
     # https://github.com/huggingface/transformers/pull/34932
+    self.load_weights(checkpoint)
+
+@patch
+def load_weights(self: SequenceTrainer, checkpoint):
+    "Takes the weights from a checkpoint."
     weights = load_file(Path(checkpoint)/WEIGHTS_FILE)
     set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
@@ -204,7 +209,7 @@ def _load_from_checkpoint(self: SequenceTrainer, checkpoint, model=None):
 def load_checkpoint(self: SequenceTrainer, checkpoint):
     "Takes weights and history from a checkpoint, without training."
     self.state = read_checkpoint(checkpoint)
-    self._load_from_checkpoint(checkpoint)
+    self.load_weights(checkpoint)
 
 @patch
 def load_optimizer(self: SequenceTrainer, saved: dict):

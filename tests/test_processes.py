@@ -10,6 +10,7 @@ import torch
 from conftest import NOTES, TINY, write_lines
 from safetensors.torch import load_file
 from test_crashes import history
+from transformers import Trainer
 
 from seqgpt.checks import InputError
 from seqgpt.config import Config
@@ -123,6 +124,12 @@ def test_going_on_with_another_number_of_processes(place, before, after):
     if before.get("processes") != after.get("processes") and "processes" not in after:
         assert "Each step will see 12 sequences, as before" in answers[0]["out"], answers[0]["out"]
     close(losses(folder/"outputs"), losses(folder/"one batch"))
+
+
+def test_weights_are_loaded_by_us():
+    assert hasattr(Trainer, "_load_from_checkpoint"), (
+        "Transformers' Trainer loads the weights of a checkpoint elsewhere now, where it may not read those of a model "
+        "that is shared out: look for the place in `train`, and adapt `_load_from_checkpoint` in library/trainer.ipynb")
 
 
 def test_a_division_that_cannot_be(place):
