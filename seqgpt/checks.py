@@ -119,9 +119,11 @@ def finish_replace(
     path: str | Path, # Of a folder that may be missing
 ):
     "Gives a new folder its name, if the process that was replacing the old one was interrupted."
-    if os.path.exists(path): return
     path = Path(path)
-    with contextlib.suppress(OSError): path.with_name(f".{path.name}.new").rename(path)
+    if path.exists(): return
+    new = path.with_name(f".{path.name}.new")
+    if not new.exists(): return
+    with contextlib.suppress(OSError): new.rename(path) # somebody was faster
 
 # %% ../nbs/library/checks.ipynb #281d1d1f
 VOCAB_REMEDY = "A vocabulary is an object {symbol: id}. Name another with --vocab_path."

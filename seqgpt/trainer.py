@@ -195,7 +195,7 @@ def save_checkpoint(self: SequenceTrainer):
 # %% ../nbs/library/trainer.ipynb #3935f093
 @patch
 def _load_from_checkpoint(self: SequenceTrainer, checkpoint, model=None):
-    # Private in Transformers 5.23: of a model that FSDP shares out, `train` reads weights from pickles only.
+    # Private in Transformers 5.23: for a model that FSDP shares out, `train` does not read safetensors.
     # https://github.com/huggingface/transformers/pull/34932
     self.load_weights(checkpoint)
 
