@@ -33,7 +33,6 @@ from .streaming import Stream
 
 # %% ../nbs/library/trainer.ipynb #177e1977
 HARMLESS = { # warnings of Transformers
-    "trainer": "['lm_head.weight']", # not in a checkpoint: tied to the token embedding, which is
     "modeling_utils": "your input_ids may be padded", # on the right, where no token looks
     "trainer_utils": "arguments do not match the ones in", # to validate more or less often than before is allowed
 }
