@@ -52,11 +52,9 @@ class PaddedDataset(torch.utils.data.Dataset):
     def __init__(self,
         rows: datasets.Dataset,
         bos: int, # Id of `<bos>`
-        sampler: LengthGroupedSampler, # Which is told the number of each epoch
     ):
         self.rows = rows
         self.empty = {"input_ids": [bos], "label": None}
-        self.set_epoch = sampler.set_epoch # Accelerate tells the dataset, where it cannot reach the sampler
 
     def __len__(self): return len(self.rows)
 
@@ -120,7 +118,8 @@ class SequenceTrainer(Trainer):
         lengths = column(self.train_dataset, "length")
         per_step = at_once*args.gradient_accumulation_steps
         sampler = LengthGroupedSampler(lengths, per_step, args.seed, multiple=at_once)
-        rows = PaddedDataset(self.train_dataset, self.model.config.bos_token_id, sampler)
+        rows = PaddedDataset(self.train_dataset, self.model.config.bos_token_id)
+        rows.set_epoch = sampler.set_epoch # Accelerate tells the dataset, where it cannot reach the sampler
         return self.accelerator.prepare(DataLoader(rows, args.train_batch_size, sampler=sampler, **options))
 
 # %% ../nbs/library/trainer.ipynb #7a1c27e1
