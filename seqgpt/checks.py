@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['VOCAB_REMEDY', 'MODEL_REMEDY', 'OutputPath', 'DataPath', 'VocabPath', 'ModelPath', 'InputError', 'counted',
-           'to_builtin', 'whole_number', 'user_path', 'check_file', 'read_text', 'unique', 'read_json', 'check_absent',
-           'finish_replace', 'existing_data', 'existing_vocab', 'existing_model', 'path_checks', 'check_paths']
+           'to_builtin', 'whole_number', 'check_type', 'user_path', 'check_file', 'read_text', 'unique', 'read_json',
+           'check_absent', 'finish_replace', 'existing_data', 'existing_vocab', 'existing_model', 'path_checks',
+           'check_paths']
 
 # %% ../nbs/library/checks.ipynb #56f26647
 import contextlib
@@ -46,6 +47,26 @@ def whole_number(
     if hasattr(value, "is_integer") and float(value).is_integer(): return int(value)
     try: return operator.index(value)
     except TypeError: raise InputError(f"{name} is {value!r}. It must be a whole number.") from None
+
+# %% ../nbs/library/checks.ipynb #bee0f9c0
+def check_type(
+    name: str, # Of a setting
+    value, # In Python's own types
+    kind, # Type of the setting, which may allow None, or name the words to choose from
+):
+    "Raises `InputError` where a value is not of the type of its setting."
+    kinds = typing.get_args(kind) or (kind,)
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in kinds: raise InputError(f"{name} is {value!r}. Choose {', '.join(kinds)}.")
+        return
+    fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+    if isinstance(value, bool): fits = bool in kinds
+    if isinstance(value, str | dict): # letters of a text, names of a dict
+        fits = fits and all(isinstance(part, str) and part != "\0" for part in value)
+    words = {int: "a whole number", float: "a number", bool: "true or false", dict: "names with values",
+             str: "a text, in quotes where it looks like something else"}
+    if isinstance(value, str): words[str] = "a text without the character 0"
+    if not fits: raise InputError(f"{name} is {value!r}. It must be {words[kinds[0]]}.")
 
 # %% ../nbs/library/checks.ipynb #ee96337e
 def user_path(

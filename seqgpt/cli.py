@@ -19,8 +19,9 @@ import sys
 import threading
 from dataclasses import dataclass
 
-from .arguments import printable, read_config_flags, read_flags, settings_file, split_files
+from .arguments import printable, read_flags, split_files
 from .checks import InputError
+from .config import preset, read_settings
 
 # %% ../nbs/10_cli.ipynb #b319ecb2
 @dataclass
@@ -88,11 +89,12 @@ def run_verb(
     "Reads the flags and does what the verb says."
     verb = VERBS[name]
     files, flags = split_files(words)
-    files = [settings_file(file, verb.takes_config) for file in files]
+    paths = map(preset if verb.takes_config else str, files)
+    files = [(path, read_settings(path)) for path in paths]
     targets = [load_object(source) for source in verb.flag_sources or [verb.function]]
-    given = read_flags(name, targets, files, flags)
+    given, named = read_flags(name, targets, files, flags)
     function = load_object(verb.function)
-    if verb.takes_config: function(*read_config_flags(given, files, flags))
+    if verb.takes_config: function(targets[0](**given), named)
     else: function(**given)
 
 # %% ../nbs/10_cli.ipynb #1ee1b251

@@ -37,7 +37,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seqgpt import classification, cli, config, training  # noqa: F401 so that memory is that of the input
-from seqgpt.arguments import printable, settings_file
+from seqgpt.arguments import printable
 from seqgpt.checks import InputError
 from seqgpt.commands import evaluate_command
 from seqgpt.config import Config
@@ -631,7 +631,6 @@ SETTINGS = {
     "seed: 1\nseed: 2": ["a name twice"],
     "model: {n_inner: 8, n_inner: 16}": ["a name twice"],
     "<<: {seed: 1}\nseed: 2": ["a name twice"],
-    "config: other.yaml": ["there is no setting 'config'"],
     "": ["no settings"],
     "# nothing": ["no settings"],
     "[1, 2]": ["no settings"],
@@ -651,7 +650,7 @@ SETTINGS = {
     "seed: " + DIGITS: ["not YAML"],
     "seed: !!int x": ["not YAML"],
     "seed: !!int ''": ["not YAML"],
-    "seed: 2001-99-99": ["not YAML"],
+    "seed: 2001-99-99": ["seed is '2001-99-99'"],
     "seed: !!binary x": ["not YAML"],
     "seed: \0": ["not YAML"],
     "seed: \x1b[2J": ["not YAML", "x001b"],
@@ -749,6 +748,7 @@ SETTINGS = {
     "output_dir: data.jsonl": ["data.jsonl"],
 }
 UNKNOWN = {
+    "config: other.yaml": ["there is no setting 'config'"],
     "learning_rat: 1": ["'learning_rat'", "--learning_rate"],
     "Seed: 1": ["'Seed'"],
     "1: 2": [],
@@ -774,7 +774,7 @@ def shown(content): return content[:40].encode("unicode_escape").decode()
 @pytest.mark.parametrize("content", [*TYPES, *SETTINGS], ids=shown)
 def test_bad_settings(content, corpus):
     (corpus/"mine.yaml").write_text(content)
-    def ask(): train(**config.read_settings(settings_file("mine.yaml", presets=True)))
+    def ask(): train(**config.read_settings("mine.yaml"))
     refuses(ask, corpus, SETTINGS.get(content, [content.partition(":")[0]]))
 
 

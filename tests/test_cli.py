@@ -438,7 +438,13 @@ model:
 
 @pytest.mark.parametrize("args, words", [
     (["--learning_rat", "1"], ["'learning_rat'", "Did you mean --learning_rate"]),
-    (["--batch_size", "many"], ["batch_size", "int"]),
+    (["-lr", "1"], ["'lr'", "Did you mean --learning_rate"]),
+    (["--batch_size", "many"], ["batch_size is 'many'. It must be a whole number"]),
+    (["--batch_size", "8.5"], ["batch_size is 8.5. It must be a whole number"]),
+    (["--batch_size"], ["--batch_size: expected one argument", "--help"]),
+    (["--model.n_inner"], ["--model.n_inner: expected one argument"]),
+    (["--model", "7"], ["model is 7. It must be names with values"]),
+    (["--resume", "maybe"], ["resume is 'maybe'. It must be true or false"]),
     (["--precision", "int8"], ["auto, fp32, bf16, fp16"]),
     (["--num_epochs", "0"], ["num_epochs"]),
     (["--learning_rate", "nan"], ["learning_rate"]),
@@ -463,20 +469,47 @@ model:
     (["--seed", "99999999999999"], ["seed"]),
     (["--max_steps", "0"], ["max_steps"]),
     (["--config", "quik"], ["presets are: classify, quick"]),
-    (["--config"], ["--config: name a file of settings or a preset"]),
-    (["--config="], ["--config: name a file of settings or a preset"]),
+    (["--config"], ["--config: name a file of settings or, for seqgpt train, a preset"]),
+    (["--config="], ["--config: name a file of settings or, for seqgpt train, a preset"]),
     (["--data_path", "nowhere"], ["nowhere", "no such file or folder"]),
     (["--cache_dir", "data.jsonl"], ["data.jsonl"]),
-    (["--seed", "x"], ["seed", "int"]),
+    (["--seed", "x"], ["seed is 'x'"]),
 ])
 def test_mistakes_in_flags_are_refused_and_nothing_is_written(args, words, corpus):
     refused(seqgpt(*RUN, *args, cwd=corpus), *words)
     assert not (corpus/"outputs").exists()
 
 
-def test_misspelt_key_in_a_file(corpus):
-    (corpus/"mine.yaml").write_text("learning_rat: 1\n")
-    refused(seqgpt("train", "--config", "mine.yaml", cwd=corpus), "'learning_rat'", "--learning_rate")
+@pytest.mark.parametrize("line, words", [
+    ("learning_rat: 1", ["no setting 'learning_rat'", "--learning_rate"]),
+    ("batch_size: many", ["batch_size is 'many'"]),
+    ("model: null", ["model is None"]),
+])
+def test_mistakes_in_files_are_shown_with_their_line(line, words, corpus):
+    (corpus/"mine.yaml").write_text(f"# mine\nseed: 1\n{line}\n")
+    refused(seqgpt("train", "--config", "mine.yaml", cwd=corpus), "mine.yaml, line 3: ", *words)
+
+
+SPELLED = { # what is typed, or in quotes in a file, and the value that it spells
+    "learning_rate": {"3e-4": 3e-4, "-.5": -0.5, "-1e-3": -1e-3, "4": 4},
+    "batch_size": {"1_000": 1000, "0x10": 16, "-1": -1},
+    "resume": {"true": True, "false": False, "yes": True},
+    "pad_token": {text: text for text in ("5", "1e-3", "true", "-5", "- a", "[a]", "")} | {"null": None},
+    "output_dir": {"2026-01-31": "2026-01-31", "7": "7"},
+    "model": {"{n_inner: 5, resid_pdrop: 1e-1}": {"n_inner": 5, "resid_pdrop": 0.1}, '{"n_inner": 5}': {"n_inner": 5}},
+    "model.n_inner": {"5": 5, "gelu": "gelu", "false": False},
+}
+
+
+@pytest.mark.parametrize("name, text", [(name, text) for name, texts in SPELLED.items() for text in texts])
+def test_a_text_spells_a_value_of_the_type_of_its_setting(name, text):
+    from seqgpt.arguments import read_flags, split_files
+    from seqgpt.config import Config
+    whole, _, part = name.partition(".")
+    for words, files in (([f"--{name}", text], []), ([f"--{name}={text}"], []), ([], [("mine.yaml", {name: text})])):
+        given, _ = read_flags("train", [Config], files, split_files(words)[1])
+        value = given[whole][part] if part else given[whole]
+        assert (value, type(value)) == (SPELLED[name][text], type(SPELLED[name][text])) and Config(**given)
 
 
 USED_ELSEWHERE = {
@@ -626,7 +659,7 @@ for line in {TYPED_WRONG.splitlines()!r}:
     assert result.returncode == 0, result.stderr
     said = result.stderr.splitlines()
     assert len(said) == len(TYPED_WRONG.splitlines()), result.stderr
-    for line in said: assert re.search("nowhere|Did you mean|expected|--config: name", line), line
+    for line in said: assert re.search("nowhere|Did you mean|must be|Choose|--config: name", line), line
 
 
 COMMANDS_AT_HOME = [
@@ -701,9 +734,8 @@ def test_help_and_verbs(tmp_path):
     assert "corpus" in installed("--help", cwd=tmp_path).stdout and seqgpt(cwd=tmp_path).returncode == 0
     help = seqgpt("train", "--help", cwd=tmp_path)
     assert help.returncode == 0 and "Longest sequence in tokens" in help.stdout
-    text = " ".join(help.stdout.split()) # lines are as wide as the terminal
-    types = {*re.findall(r"type: (.*?)(?:, default|\))", text)}
-    assert types <= {"str", "int", "float", "bool", "Dict", "str | null", "int | null", "float | null"}, types
+    types = {*re.findall(r"^  --(?!print_config)\w+ (\S+)", help.stdout, re.M)}
+    assert types == {"str", "int", "float", "[bool]", "dict", "file"}, types
     refused(installed("trian", cwd=tmp_path), "Did you mean 'train'")
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", seqgpt("--version", cwd=tmp_path).stdout)
 
