@@ -318,7 +318,7 @@ def test_a_stream_is_the_answer_in_parts(service, fields):
             if choice["logprobs"]: assert join(c["logprobs"][name] for c in own) == (choice["logprobs"][name] or [])
         for name in ("token_ids", "prompt_token_ids", "prompt_logprobs"):
             assert join(c.get(name) for c in own) == (choice.get(name) or [])
-    if fields["max_tokens"]: assert len(parts) > 20
+    if fields["max_tokens"]: assert len(parts) > 5 # on a busy machine one part holds several tokens
 
 
 def test_a_stream_is_server_sent_events_with_an_end(service):
