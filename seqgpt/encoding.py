@@ -4,23 +4,21 @@
 
 # %% auto #0
 __all__ = ['SHARD_BYTES', 'COUNTS', 'MIN_AGE_NS', 'Corpus', 'parquet_ranges', 'shard_key', 'load_or_make', 'encode_shard',
-           'temporary_workers', 'encode_shards', 'add_counts', 'add_problems', 'encode_files', 'encode_or_recall',
-           'read_corpus']
+           'encode_shards', 'add_counts', 'add_problems', 'encode_files', 'encode_or_recall', 'read_corpus']
 
 # %% ../nbs/library/encoding.ipynb #f75bfea3
-import contextlib
 import hashlib
 import json
 import os
-import threading
 import time
 from collections import Counter
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 from datasets import Dataset, concatenate_datasets
-from joblib import cpu_count
+from loky import ProcessPoolExecutor, cpu_count
 
 from .checks import InputError, counted, read_json, user_path
 from .files import atomic_write, locked, remove_partial
@@ -111,13 +109,12 @@ def load_or_make(
 
 # %% ../nbs/library/encoding.ipynb #0fe7cd7d
 def encode_shard(
-    number: int, # Of the shard
-    spans: list[Span], # What it is made of
+    spans: list[Span], # A shard from `shard_files`
     options: EncodingOptions,
     cache: Path, # Folder to write to
     parent: tuple[int, str], # Process that asks, and its folder, from where paths are seen
     progress=lambda n_bytes: None, # As for `read_span`
-) -> tuple[int, str, dict]: # The number, the key, and the account
+) -> tuple[str, dict]: # The key, and the account
     "Encodes a shard to KEY.arrow and KEY.json in `cache`, unless they are there."
     if os.getpid() != parent[0]: attach_to_parent(*parent)
     key = shard_key(spans, options.fingerprint)
@@ -139,24 +136,10 @@ def encode_shard(
             part.write_text(json.dumps({"counts": report, "ends": ends, "problems": found}))
         return load()
 
-    return number, key, load_or_make(cache, key, load, make)
+    return key, load_or_make(cache, key, load, make)
 
 # %% ../nbs/library/encoding.ipynb #cc749efc
 SHARD_BYTES = 2**26 # Of the files that are encoded together
-
-@contextlib.contextmanager
-def temporary_workers(
-    n_jobs: int, # One needs no helpers
-):
-    "Has joblib's helpers end afterwards; otherwise they would keep their memory for minutes."
-    before = {*threading.enumerate()}
-    try: yield
-    finally:
-        if n_jobs > 1:
-            from joblib.externals.loky import get_reusable_executor
-            get_reusable_executor(reuse=True).shutdown(kill_workers=True)
-        for thread in {*threading.enumerate()} - before:
-            if thread.name == "QueueFeederThread": thread.join(5) # joblib does not: it could leave a warning at the end
 
 def encode_shards(
     shards: list[list[Span]], # From `shard_files`
@@ -164,19 +147,20 @@ def encode_shards(
     cache: Path, # Folder to write to
 ) -> list[tuple[str, dict]]: # Key and account of each
     "Calls `encode_shard` for each shard, with all cores if there are more than four."
-    from joblib import Parallel, delayed
-    n_jobs = min(len(shards), cpu_count()) if len(shards) > 4 else 1 # to start helpers takes as long as a few shards
+    n_workers = min(len(shards), cpu_count()) if len(shards) > 4 else 1 # to start them takes as long as a few shards
     sizes = [sum(span.size for span in shard) for shard in shards]
-    parent = os.getpid(), os.getcwd()
+    given = options, cache, (os.getpid(), os.getcwd())
     style = dict(unit="B", unit_scale=True, desc="Encoding", delay=2, leave=False)
-    done = {}
-    with temporary_workers(n_jobs), tqdm(total=sum(sizes), **style) as bar:
-        own = {"progress": bar.update} if n_jobs == 1 else {} # it cannot be sent to another process
-        calls = (delayed(encode_shard)(k, shard, options, cache, parent, **own) for k, shard in enumerate(shards))
-        for k, key, account in Parallel(n_jobs, return_as="generator_unordered", batch_size=1)(calls):
-            done[k] = key, account
-            if n_jobs > 1: bar.update(sizes[k])
-    return [done[k] for k in range(len(shards))]
+    with tqdm(total=sum(sizes), **style) as bar:
+        if n_workers == 1: return [encode_shard(shard, *given, bar.update) for shard in shards]
+        workers = ProcessPoolExecutor(n_workers)
+        try:
+            futures = {workers.submit(encode_shard, shard, *given): size for shard, size in zip(shards, sizes)}
+            for future in as_completed(futures):
+                future.result() # raises what went wrong
+                bar.update(futures[future])
+            return [future.result() for future in futures]
+        finally: workers.shutdown(kill_workers=True)
 
 # %% ../nbs/library/encoding.ipynb #d762bced
 COUNTS = ("sequences", "tokens", "shortest", "longest", "long_sequences", "tokens_lost", "pieces", "lines",

@@ -207,12 +207,12 @@ from seqgpt.progress import attach_to_parent, tqdm
 from seqgpt.tokenizer import make_tokenizer
 encode = E.encode_shard
 
-def wait_for_go(number, *args):
-    "Says something, encodes six pieces, and the others once there is a file `go`."
+def wait_for_go(spans, *args):
+    "Says something, encodes what begins in the first 12,000 bytes, and the rest once there is a file `go`."
     attach_to_parent(*args[-1])
     tqdm.write("a helper speaks")
-    while number >= 6 and not os.path.exists("go"): time.sleep(0.02)
-    return encode(number, *args)
+    while spans[0].start >= 12_000 and not os.path.exists("go"): time.sleep(0.02)
+    return encode(spans, *args)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler) # ignored where the tests run in the background
