@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from seqgpt.training import train
 sys.path.insert(0, str(ROOT/"benchmarks"))
 import common
 import contenders
+import encoding
 import quality
 import serving
 import startup
@@ -61,6 +63,7 @@ def results(tmp_path_factory):
         patch.setattr(training, "Contender", Idle)
         patch.setattr(startup, "first_step", lambda *flags: next(first_steps, lambda *_: (0.1, 100.0))(*flags))
         patch.setattr(startup, "python", lambda *args: time.sleep(0.001)) # imports
+        patch.setattr(encoding, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
         for name, flags in FLAGS.items():
             output = folder/f"{name}.json"
             sizes = SIZES[:4] if name == "encoding" else SIZES # it has no model
