@@ -114,6 +114,7 @@ def tensorboard(
     with SummaryWriter(out/"runs", purge_step=first_step) as writer:
         trainer.add_callback(TensorBoardCallback(writer))
         yield
+    trainer.remove_callback(TensorBoardCallback) # for what is logged later it would open a folder of its own
 
 def stopped(
     trainer: SequenceTrainer,

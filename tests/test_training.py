@@ -90,6 +90,7 @@ def test_a_callback_may_stop_a_run_before_its_first_validation(config):
     early = T.train(replace(config, output_dir=config.output_dir + "_early"), [StopEarly()])
     assert early.metrics["step"] == 1
     assert load_model(early.output_dir/"best_model") and load_model(early.output_dir/"final_model")
+    assert len([*early.output_dir.rglob("events.*")]) == 1 # of TensorBoard
 
 
 # --- progress
