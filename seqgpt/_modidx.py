@@ -413,7 +413,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'seqgpt.inference.stream': ('inference.html#stream', 'seqgpt/inference.py'),
                                   'seqgpt.inference.text_bars': ('inference.html#text_bars', 'seqgpt/inference.py')},
             'seqgpt.limits': { 'seqgpt.limits.edges_into_states': ('library/limits.html#edges_into_states', 'seqgpt/limits.py'),
-                               'seqgpt.limits.entropy_of_ending': ('library/limits.html#entropy_of_ending', 'seqgpt/limits.py'),
                                'seqgpt.limits.expected_limits': ('library/limits.html#expected_limits', 'seqgpt/limits.py'),
                                'seqgpt.limits.limits': ('library/limits.html#limits', 'seqgpt/limits.py'),
                                'seqgpt.limits.mean_scores': ('library/limits.html#mean_scores', 'seqgpt/limits.py')},
