@@ -918,7 +918,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'seqgpt.writing.checked_list': ('library/writing.html#checked_list', 'seqgpt/writing.py'),
                                 'seqgpt.writing.checked_symbols': ('library/writing.html#checked_symbols', 'seqgpt/writing.py'),
                                 'seqgpt.writing.found_vocab': ('library/writing.html#found_vocab', 'seqgpt/writing.py'),
-                                'seqgpt.writing.given_vocab': ('library/writing.html#given_vocab', 'seqgpt/writing.py'),
                                 'seqgpt.writing.label_symbols': ('library/writing.html#label_symbols', 'seqgpt/writing.py'),
                                 'seqgpt.writing.symbol_text': ('library/writing.html#symbol_text', 'seqgpt/writing.py'),
                                 'seqgpt.writing.warn_of_floats': ('library/writing.html#warn_of_floats', 'seqgpt/writing.py'),
