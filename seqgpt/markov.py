@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from scipy import sparse
+from scipy.special import softmax
 
 from .checks import InputError, check_absent, read_json, to_builtin, user_path, whole_number
 from .corpora import digit_vocab, digits_shape
@@ -98,8 +99,7 @@ def posterior(self: MarkovSource,
     rank, probabilities = self.steps(tokens)
     with np.errstate(divide="ignore"): logs = np.log(probabilities[:, np.arange(len(rank)), rank]).cumsum(1)
     logs = np.insert(logs, 0, 0, axis=1)
-    weights = np.exp(logs - logs.max(0)).T
-    return weights / weights.sum(1, keepdims=True)
+    return softmax(logs, axis=0).T
 
 # %% ../nbs/library/markov.ipynb #1985a815
 def tied_accuracy(

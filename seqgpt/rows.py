@@ -13,12 +13,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pyarrow as pa
 
-from .checks import InputError, whole_number
-from .config import CHOICES
+from .checks import InputError, check_type, whole_number
+from .config import Config
 from .records import BadLine, Problems, label_name, parse_line, truncate_or_split
 from .sources import Span, read_span
 
@@ -57,8 +58,7 @@ def encoding_options(
     classes: list[str] | None = None,
 ) -> EncodingOptions:
     "What `encode_line` needs; raises `InputError` for impossible settings."
-    choices = CHOICES["long"]
-    if long not in choices: raise InputError(f"long is {long!r}. Choose {', '.join(choices)}.")
+    check_type("long", long, get_type_hints(Config)["long"])
     if max_length is not None: max_length = whole_number(max_length, "max_length")
     if max_length is not None and max_length < 2:
         raise InputError(f"max_length is {max_length}. A sequence has at least 2 tokens.")

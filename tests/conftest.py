@@ -39,6 +39,7 @@ ROOT = Path(__file__).parent.parent
 TINY = "--n_layer 1 --n_head 2 --n_embd 16 --batch_size 16 --learning_rate 3e-3".split()
 NOTES = ["C4", "D4", "E4", "F4", "G4"]
 NAMES = ["down $", "up"] # of the classes of melodies; a dollar is special in pictures
+SHORT = [{"tokens": NOTES[k % 5:] + NOTES[:k % 3], "label": NAMES[k % 2]} for k in range(40)] # sequences
 VOCAB = {s: i for i, s in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *NOTES])}
 
 
@@ -140,6 +141,13 @@ def seqgpt(*args, cwd, input="", bare=False, drawn=True):
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
+def worked(*args, **options):
+    "What `seqgpt` answers, with exit code 0."
+    result = seqgpt(*args, **options)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 @contextlib.contextmanager
 def left_out(bare, drawn):
     """Leaves out what takes ten times as long as a few steps of a tiny model.
@@ -179,15 +187,29 @@ def refused(result, *words):
     for word in words: assert word in result.stderr, f"{word!r} is not in {result.stderr!r}"
 
 
-def write_runs(folder, lines):
+@pytest.fixture(scope="session")
+def runs(once):
     "A language model (outputs) and a classifier (c) of two steps with their data, no checkpoints and logs."
-    write_lines(folder, lines)
-    for task, out in (("clm", "outputs"), ("classification", "c")):
-        result = seqgpt("train", "--task", task, "--data_path", "data.jsonl", "--output_dir", out,
-                        "--max_length", 16, "--max_steps", 2, *TINY, cwd=folder, bare=True)
-        assert result.returncode == 0, result.stderr
-        for part in ("checkpoints", "runs", "final_model"): shutil.rmtree(folder/out/part)
-    return folder
+    def runs(folder):
+        write_lines(folder, SHORT)
+        for task, out in (("clm", "outputs"), ("classification", "c")):
+            worked("train", "--task", task, "--data_path", "data.jsonl", "--output_dir", out, "--max_length", 16,
+                   "--max_steps", 2, *TINY, cwd=folder, bare=True)
+            for part in ("checkpoints", "runs", "final_model"): shutil.rmtree(folder/out/part)
+    return once(runs)
+
+
+@pytest.fixture
+def copied(runs, tmp_path): return shutil.copytree(runs, tmp_path/"work")
+
+
+def rebuilt(path, change):
+    "A file of safetensors with another head, or other bytes."
+    content = path.read_bytes()
+    n = int.from_bytes(content[:8], "little")
+    head, body = change(json.loads(content[8:8 + n]), content[8 + n:])
+    head = head if isinstance(head, bytes) else json.dumps(head).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + body)
 
 
 @pytest.fixture(scope="session")
@@ -209,12 +231,11 @@ def classifier(melodies, once):
     def classifier(folder):
         write_named(folder, melodies)
         flags = ["--data_path", "data.jsonl", "--output_dir", "lm", "--num_epochs", 4, "--max_length", 16]
-        assert seqgpt("train", *flags, *TINY, cwd=folder, bare=True).returncode == 0
+        worked("train", *flags, *TINY, cwd=folder, bare=True)
         flags = ["--task", "classification", "--init_from", "lm/best_model", "--output_dir", "c",
                  "--num_epochs", 60, "--eval_steps", 100, "--learning_rate", 1e-2, "--batch_size", 16,
                  "--precision", "fp32"]
         no_dropout = ["--model.resid_pdrop", 0, "--model.embd_pdrop", 0, "--model.attn_pdrop", 0]
-        result = seqgpt("train", *flags, *no_dropout, cwd=folder)
-        assert result.returncode == 0, result.stderr
+        result = worked("train", *flags, *no_dropout, cwd=folder)
         (folder/"printed.txt").write_text(result.stdout)
     return once(classifier)

@@ -22,17 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import (
-    NAMES,
-    NOTES,
-    TINY,
-    VOCAB,
-    redirect,
-    refused,
-    seqgpt,
-    write_lines,
-    write_runs,
-)
+from conftest import NAMES, NOTES, SHORT, TINY, VOCAB, rebuilt, redirect, refused, seqgpt, write_lines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +35,6 @@ from seqgpt.console import infer_command
 from seqgpt.records import BadLine, symbol_ids
 from seqgpt.tokenizer import unknown_symbol_hint
 
-GOOD = [{"tokens": NOTES[k % 5:] + NOTES[:k % 3], "label": NAMES[k % 2]} for k in range(40)]
 TRAIN = ["train", "--data_path", "data.jsonl", "--max_length", 16, "--max_steps", 1, *TINY]
 SMALL = dict( # the same in Python
     data_path="data.jsonl", max_length=16, max_steps=1, n_layer=1, n_head=2, n_embd=16, batch_size=16)
@@ -116,7 +105,7 @@ def train(**given): return training.train(Config(**{**SMALL, **given}))
 
 @pytest.fixture
 def corpus(tmp_path):
-    write_lines(tmp_path, GOOD)
+    write_lines(tmp_path, SHORT)
     return tmp_path
 
 
@@ -139,6 +128,15 @@ def a_terabyte(path):
 
 
 def writes(content): return lambda path: path.write_bytes(content)
+
+
+NO_FILES = {
+    "a folder": Path.mkdir,
+    "dangling link": link_to("nowhere"),
+    "/dev/zero": link_to("/dev/zero"),
+    "pipe": os.mkfifo,
+    "loop": link_to_itself,
+}
 
 
 def put(path, content):
@@ -323,7 +321,7 @@ LABELS = by_name(BAD_LABELS)
 @pytest.mark.parametrize("name", LINES)
 def test_bad_lines(name, corpus):
     content, kind = LINES[name]
-    write_lines(corpus, [*GOOD[:3], content, *GOOD[3:]])
+    write_lines(corpus, [*SHORT[:3], content, *SHORT[3:]])
     words = ["data.jsonl: 1 of 41 lines cannot be used", kind, "at line 4", "--skip_bad_lines"]
     refuses(train, corpus, words)
 
@@ -331,7 +329,7 @@ def test_bad_lines(name, corpus):
 @pytest.mark.parametrize("name", LABELS)
 def test_lines_without_a_label_cannot_be_classified(name, corpus):
     content, kind = LABELS[name]
-    write_lines(corpus, [*GOOD[:3], content, *GOOD[3:]])
+    write_lines(corpus, [*SHORT[:3], content, *SHORT[3:]])
     words = ["1 of 41 lines", kind, "at line 4", "--skip_bad_lines"]
     refuses(train, corpus, words, task="classification")
 
@@ -341,7 +339,7 @@ def test_lines_without_a_label_cannot_be_classified(name, corpus):
 def text(records): return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-GZIPPED = gzip.compress(text(GOOD), mtime=0)
+GZIPPED = gzip.compress(text(SHORT), mtime=0)
 
 
 def table(records, **types):
@@ -356,18 +354,18 @@ def table(records, **types):
     return out.getvalue().to_pybytes()
 
 
-PARQUET = table(GOOD)
+PARQUET = table(SHORT)
 DATA = { # what is at data.jsonl: bytes, or a function that makes something else
     "empty": (b"", ["no sequences in it"]),
     "a newline": (b"\n", ["no sequences"]),
     "only white": (b" \n\t\n\r\n" * 100, ["no sequences"]),
     "only a mark": (b"\xef\xbb\xbf", ["no sequences"]),
-    "one line": (text(GOOD[:1]), ["1 sequences cannot be split"]),
-    "one line, no newline": (text(GOOD[:1])[:-1], ["1 sequences cannot be split"]),
+    "one line": (text(SHORT[:1]), ["1 sequences cannot be split"]),
+    "one line, no newline": (text(SHORT[:1])[:-1], ["1 sequences cannot be split"]),
     "all bad": (b"{\"x\n" * 1000, ["1,000 of 1,000 lines", "Is it JSON Lines in UTF-8?", "at line 1 ("]),
-    "UTF-16": (text(GOOD).decode().encode("utf-16"), ["data.jsonl: is text in UTF-16"]),
-    "pretty JSON": (json.dumps(GOOD, indent=1).encode(), ["data.jsonl: is a JSON list", "line of its own"]),
-    "one JSON list": (json.dumps(GOOD).encode(), ["data.jsonl: is a JSON list"]),
+    "UTF-16": (text(SHORT).decode().encode("utf-16"), ["data.jsonl: is text in UTF-16"]),
+    "pretty JSON": (json.dumps(SHORT, indent=1).encode(), ["data.jsonl: is a JSON list", "line of its own"]),
+    "one JSON list": (json.dumps(SHORT).encode(), ["data.jsonl: is a JSON list"]),
     "empty gzip": (gzip.compress(b""), ["no sequences"]),
     "gzip head": (GZIPPED[:5], ["data.jsonl, after line 0: the file cannot be read on", "Is it complete?"]),
     "half a gzip": (GZIPPED[:len(GZIPPED)//2], ["after line", "Is it complete?"]),
@@ -389,15 +387,15 @@ DATA = { # what is at data.jsonl: bytes, or a function that makes something else
     "Parquet of no rows": (table([]), ["no sequences"]),
     "Parquet without columns": (table([{"note": 1}] * 9), ["9 of 9 lines", "no tokens"]),
     "Parquet with a bad row": (
-        table(GOOD[:3] + [{"tokens": ["H4"]}] + GOOD),
+        table(SHORT[:3] + [{"tokens": ["H4"]}] + SHORT),
         ["1 of 44 lines", "unknown token: 1, at line 4 ('H4')"]),
     "Parquet, not UTF-8": (
         table([{"text": b"C4 \xff"}] * 2, text=pa.string()), ["cannot be read as Parquet"]),
-    "all one class": (text([{**r, "label": 1} for r in GOOD]), ["all labels are '1'"]),
+    "all one class": (text([{**r, "label": 1} for r in SHORT]), ["all labels are '1'"]),
     "a huge line": (
         b'{"tokens": ["' + b"C" * (2**26 + 9) + b'"]}\n', ["data.jsonl, line 1: is longer than 64 MiB"]),
     "a huge line after others": (
-        text(GOOD) + b"[" * (2**26 + 9), ["data.jsonl, line 41: is longer than 64 MiB"]),
+        text(SHORT) + b"[" * (2**26 + 9), ["data.jsonl, line 41: is longer than 64 MiB"]),
     "gzip bomb": (gzip.compress(b" " * 2**28, 6), ["data.jsonl, line 1: is longer than 64 MiB"]),
     "dangling link": (link_to("nowhere"), ["data.jsonl: no such file"]),
     "link to a folder": (link_to("."), ["data.jsonl/data.jsonl: is no regular file"]),
@@ -408,14 +406,7 @@ DATA = { # what is at data.jsonl: bytes, or a function that makes something else
     "link to a pipe": (link_to_a_pipe, ["data.jsonl: no such file"]),
     "gone": (nothing, ["data.jsonl: no such file"]),
 }
-FOLDERS = {
-    "a folder": Path.mkdir,
-    "dangling link": link_to("nowhere"),
-    "link to a folder": link_to("."),
-    "link to /dev/zero": link_to("/dev/zero"),
-    "loop": link_to_itself,
-    "pipe": os.mkfifo,
-}
+FOLDERS = {**NO_FILES, "link to a folder": link_to(".")}
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -428,7 +419,7 @@ def test_bad_files_of_lines(name, corpus):
 @pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("file", ["more.jsonl", "more.jsonl.gz"])
 def test_what_is_no_file_in_a_folder_of_lines_is_not_passed_over(name, file, tmp_path):
-    write_lines(tmp_path/"c", GOOD)
+    write_lines(tmp_path/"c", SHORT)
     FOLDERS[name](tmp_path/"c"/file)
     refuses(train, tmp_path, [f"c/{file}: is no regular file"], data_path="c")
 
@@ -440,7 +431,7 @@ def test_every_sequence_too_long(corpus):
 
 
 def test_names_of_files_are_shown_escaped(tmp_path):
-    write_lines(tmp_path/"c", GOOD)
+    write_lines(tmp_path/"c", SHORT)
     for content in (b"x\n", b'{"text": "x"}\n'):
         (tmp_path/"c/\x1b[2J\n.jsonl").write_bytes(content)
         refuses(train, tmp_path, ["\\x1b[2J"], data_path="c")
@@ -532,12 +523,7 @@ VOCABS = {
         order(["<pad>", "[PAD]", "<bos>", "<eos>", "<unk>"]),
         ["2 symbols could be the pad_token", "--pad_token"]),
     "two ends": (order(["<pad>", "<bos>", "<eos>", "</s>", "<unk>"]), ["2 symbols could be"]),
-    "dangling link": (link_to("nowhere"), ["vocab.json: is no regular file"]),
-    "link to a folder": (link_to("."), ["is no regular file"]),
-    "link to /dev/zero": (link_to("/dev/zero"), ["is no regular file"]),
-    "loop": (link_to_itself, ["is no regular file"]),
-    "pipe": (os.mkfifo, ["is no regular file"]),
-    "a folder": (Path.mkdir, ["is no regular file"]),
+    **{name: (make, ["vocab.json: is no regular file"]) for name, make in FOLDERS.items()},
     "gone": (nothing, ["no vocab.json there", "--vocab_path"]),
     "a terabyte": (a_terabyte, ["vocab.json: is larger than 256 MiB"]),
     "a script": (b"#!/bin/sh\nrm -r /\n", ["not JSON"]),
@@ -755,11 +741,7 @@ UNKNOWN = {
     "? [a, b]\n: 1": [],
 }
 SETTINGS_FILES = {
-    "dangling link": link_to("nowhere"),
-    "folder": Path.mkdir,
-    "pipe": os.mkfifo,
-    "loop": link_to_itself,
-    "/dev/zero": link_to("/dev/zero"),
+    **NO_FILES,
     "2 MiB": writes(b"# x\n" * 2**19),
     "a terabyte": a_terabyte,
     "Latin-1": writes(b"long: \xe9"),
@@ -804,7 +786,12 @@ MARKOV_FLAGS = [
     "--classes 1000000000", "--min_length 2", "--max_length 4", "--max_length 1000000000000",
     "--seed -1", "--draw_seed -1", "--num_sequences 0", "--num_sequences -3",
     "--num_sequences 1000000000000", "--num_sequences many", "--markov 1",
+    "--ordr 1",
 ]
+REMEDIES = { # what some of them are told
+    "--branching 513": "the 512 symbols", "--difference 2": "between 0 and 1", "--min_length 2": "<bos>",
+    "--max_length 4": "at least min_length (32). Raise it, or lower min_length", "--ordr 1": "--order",
+}
 CORPUS_FLAGS = [("digits", *flags.split()) for flags in DIGITS_FLAGS]
 CORPUS_FLAGS += [("markov", *flags.split()) for flags in MARKOV_FLAGS]
 
@@ -813,7 +800,7 @@ CORPUS_FLAGS += [("markov", *flags.split()) for flags in MARKOV_FLAGS]
 def test_bad_corpora(kind, flag, value, tmp_path):
     out = [] if flag == "--out_dir" else ["--out_dir", "new"]
     named = value[:9] if flag in ("--out_dir", "--config") else flag[2:]
-    command_refuses("corpus", kind, *out, flag, value, cwd=tmp_path, words=[named])
+    command_refuses("corpus", kind, *out, flag, value, cwd=tmp_path, words=[named, REMEDIES.get(f"{flag} {value}", "")])
 
 
 IMPOSSIBLE_RUNS = [
@@ -828,16 +815,6 @@ def test_nothing_is_drawn_for_a_run_that_cannot_be(flags, tmp_path):
 
 
 # --- models
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory): return write_runs(tmp_path_factory.mktemp("runs"), GOOD)
-
-
-@pytest.fixture
-def copied(runs, tmp_path):
-    shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
 
 MODEL = "outputs/best_model"
 INFER = ["infer", "--mode", "generate", "--max_new_tokens", 2, "--seed", 0, "--model_path", MODEL]
@@ -865,13 +842,9 @@ def within(*path, value):
 
 
 DEVICES = {
+    **NO_FILES,
     "gone": nothing,
     "empty": Path.touch,
-    "a folder": Path.mkdir,
-    "dangling link": link_to("nowhere"),
-    "/dev/zero": link_to("/dev/zero"),
-    "pipe": os.mkfifo,
-    "loop": link_to_itself,
     "random": writes(bytes(range(256)) * 9),
     "text": writes(b"weights"),
     "a terabyte": a_terabyte,
@@ -1113,15 +1086,6 @@ def test_damaged_accounts_of_the_split(name, copied):
     refuses(evaluate, copied, ["has changed since the training" if other_data else "split.json"])
 
 
-def rebuilt(path, change):
-    "A file of safetensors with another head, or other bytes."
-    content = path.read_bytes()
-    n = int.from_bytes(content[:8], "little")
-    head, body = change(json.loads(content[8:8 + n]), content[8 + n:])
-    head = head if isinstance(head, bytes) else json.dumps(head).encode()
-    path.write_bytes(len(head).to_bytes(8, "little") + head + body)
-
-
 KEY = "transformer.h.0.ln_1.weight"
 
 
@@ -1334,7 +1298,7 @@ def test_mutated_gzip(mutated, data):
 @fuzz(40)
 @given(st.data())
 def test_mutated_records(mutated, data):
-    content = data.draw(replaced(json.dumps(GOOD[0])))
+    content = data.draw(replaced(json.dumps(SHORT[0])))
     mutated("data.jsonl", content, generate, **AS_PROMPTS)
 
 

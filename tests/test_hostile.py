@@ -12,9 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import NOTES, ROOT, TINY, refused, seqgpt, write_runs
+from conftest import ROOT, SHORT, TINY, rebuilt, refused, seqgpt, worked
 
-LINES = [{"tokens": NOTES[k % 5:] + NOTES[:k % 3], "label": ["up", "down"][k % 2]} for k in range(40)]
 INFER = ["infer", "--mode", "generate", "--num_samples", 3, "--seed", 0, "--model_path", "outputs/best_model"]
 CLASSIFY = ["infer", "--mode", "classify", "--prompt", "C4 D4", "--model_path", "c/best_model"]
 EVALUATE = ["evaluate", "--num_samples", 5, "--model_path", "outputs/best_model"]
@@ -59,16 +58,6 @@ def observed(*may_write):
         if path == "/dev/null" or path.endswith("/outputs/.lock"): return True
         return any(path == p or path.startswith(p + os.sep) for p in places)
     assert not [(event, what) for event, what in happened if event != "write" or not allowed(what)]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory): return write_runs(tmp_path_factory.mktemp("runs"), LINES)
-
-
-@pytest.fixture
-def copied(runs, tmp_path):
-    shutil.copytree(runs, tmp_path/"work")
-    return tmp_path/"work"
 
 
 class Evil:
@@ -146,8 +135,7 @@ def test_nothing_but_names_shapes_and_numbers_is_taken_from_a_model(command, cop
     for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("unpickled"))
     with observed(copied/"outputs/best_model/evaluation", copied/"new"):
-        result = seqgpt(*command, cwd=copied, drawn=False)
-    assert result.returncode == 0, result.stderr
+        result = worked(*command, cwd=copied, drawn=False)
     assert but_speed(result.stdout) == but_speed(wanted.stdout) and not (tmp_path/"evil").exists()
     if command is not FINE_TUNE: return
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"): # what is written anew is clean
@@ -184,9 +172,8 @@ def test_the_settings_of_a_model_do_not_say_where_to_write(command, copied, tmp_
 
 
 def test_the_command_says_where_to_write(copied):
-    mine = seqgpt("evaluate", "--num_samples", 0, "--model_path", "c/best_model", "--cache_dir", "mine", cwd=copied,
-                  drawn=False)
-    assert mine.returncode == 0 and any((copied/"mine").iterdir()), mine.stderr
+    worked(*EVALUATE, "--cache_dir", "mine", cwd=copied, drawn=False)
+    assert any((copied/"mine").iterdir())
 
 
 @pytest.mark.parametrize("link", ["evaluation", "evaluation/metrics.json", "evaluation/evaluation.png"])
@@ -215,31 +202,23 @@ for args in json.load(open("cases.json")):
 """
 
 
-def huge(head):
+def huge(head, body):
     "A table of positions of petabytes."
-    return {**head, "transformer.wpe.weight": {**head["transformer.wpe.weight"], "shape": [2**46, 16]}}
+    return {**head, "transformer.wpe.weight": {**head["transformer.wpe.weight"], "shape": [2**46, 16]}}, body
 
 
-def many(head):
+def many(head, body):
     "50,000 blocks with empty weights."
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    return {**head, **{f"transformer.h.{k}.ln_1.weight": empty for k in range(1, 50_000)}}
-
-
-def change_head(path, new):
-    "Another head for a safetensors file."
-    content = path.read_bytes()
-    n = 8 + int.from_bytes(content[:8], "little")
-    head = json.dumps(new(json.loads(content[8:n]))).encode()
-    path.write_bytes(len(head).to_bytes(8, "little") + head + content[n:])
+    return {**head, **{f"transformer.h.{k}.ln_1.weight": empty for k in range(1, 50_000)}}, body
 
 
 def test_petabytes_are_refused_before_memory_or_time_is_taken(copied, forks):
     generate = ["infer", "--mode", "generate", "--model_path"]
-    def model(name, head=None, **fields):
+    def model(name, change_head=None, **fields):
         shutil.copytree(copied/"outputs/best_model", copied/name)
         change(copied/name/"config.json", **fields)
-        if head: change_head(copied/name/"model.safetensors", head)
+        if change_head: rebuilt(copied/name/"model.safetensors", change_head)
         return [*generate, name]
     (copied/"bomb.jsonl").write_bytes(gzip.compress(b"[" * 2**26, 9) * 64) # 4 GiB in 4 MB, a single line
     (copied/"ids.jsonl").write_text('{"input_ids": [4, 1000000000000000]}\n' * 3)
@@ -286,9 +265,9 @@ def test_terminals_obey_nobody(copied):
     bad = [{"tokens": [escape]}, {"tokens": ["C4"], "label": escape}]
     (copied/"many").mkdir()
     (copied/"many"/f"{escape}.jsonl").write_text('{"x\n')
-    (copied/"many/b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in LINES + bad))
-    result = seqgpt(*EVALUATE, "--data_path", "many", "--skip_bad_lines", cwd=copied, drawn=False)
-    assert result.returncode == 0 and plain(result), result.stderr
+    (copied/"many/b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in SHORT + bad))
+    result = worked(*EVALUATE, "--data_path", "many", "--skip_bad_lines", cwd=copied, drawn=False)
+    assert plain(result), result.stderr
     assert "\\x1b" in result.stdout and "2 bad lines left out" in result.stdout, result.stderr
     flags = [[flag, escape] for flag in ("--prompt", "--prompt_file", "--model_path", "--config", "--mode")]
     for args in (*flags, [escape], [f"--{escape}"]): refused_plainly(seqgpt(*INFER, *args, cwd=copied))

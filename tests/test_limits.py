@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import NOTES, TINY, refused, seqgpt, write_lines
+from conftest import NOTES, TINY, refused, seqgpt, worked, write_lines
 from matplotlib.figure import Figure
 from rapidfuzz.distance import Levenshtein
 from sacrebleu.metrics import BLEU
@@ -19,9 +19,8 @@ SMALL = "--symbols 20 --classes 3 --branching 3 --min_length 6 --max_length 24".
 def markov(request, tmp_path_factory):
     "A small corpus of order 1 or 2, and what the command printed."
     folder = tmp_path_factory.mktemp("markov")
-    result = seqgpt("corpus", "markov", "--out_dir", "m", "--num_sequences", 300, "--order", request.param, *SMALL,
+    result = worked("corpus", "markov", "--out_dir", "m", "--num_sequences", 300, "--order", request.param, *SMALL,
                     cwd=folder)
-    assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
 
@@ -84,9 +83,8 @@ def test_another_draw_of_the_same_source(markov):
     folder, _ = markov
     order = json.loads((folder/"m/source.json").read_text())["order"]
     for seed, name in ((0, "again"), (1, "other")):
-        result = seqgpt("corpus", "markov", "--out_dir", f"{name}{order}", "--num_sequences", 300, "--order", order,
-                        "--draw_seed", seed, *SMALL, cwd=folder)
-        assert result.returncode == 0
+        worked("corpus", "markov", "--out_dir", f"{name}{order}", "--num_sequences", 300, "--order", order,
+               "--draw_seed", seed, *SMALL, cwd=folder)
     def files(name): return [(folder/name/part).read_bytes() for part in ("source.json", "sequences.jsonl")]
     source = files("m")
     other = files(f"other{order}")
@@ -94,32 +92,11 @@ def test_another_draw_of_the_same_source(markov):
 
 
 def test_the_default_corpus_is_of_the_size_of_the_digits(tmp_path):
-    assert seqgpt("corpus", "markov", "--out_dir", "m", "--num_sequences", 200, cwd=tmp_path).returncode == 0
+    worked("corpus", "markov", "--out_dir", "m", "--num_sequences", 200, cwd=tmp_path)
     rows = read(tmp_path/"m/sequences.jsonl")
     assert len(json.loads((tmp_path/"m/vocab.json").read_text())) == 516
     assert {row["label"] for row in rows} == set(range(10))
     assert 900 < max(len(row["tokens"]) for row in rows) <= 1022
-
-
-@pytest.mark.parametrize("flag, value, words", [
-    ("order", 3, "order is 3"),
-    ("branching", 0, "branching is 0"),
-    ("branching", 600, "512"),
-    ("concentration", 0, "concentration is 0"),
-    ("concentration", "nan", "nan"),
-    ("difference", 1.5, "between 0 and 1"),
-    ("symbols", 1, "symbols is 1"),
-    ("classes", 0, "classes is 0"),
-    ("min_length", 2, "<bos>"),
-    ("max_length", 16, "max_length is 16. It must be at least min_length (32). Raise it, or lower min_length."),
-    ("num_sequences", 0, "num_sequences is 0"),
-    ("seed", -1, "seed is -1"),
-    ("draw_seed", -1, "draw_seed is -1"),
-    ("ordr", 1, "--order"),
-])
-def test_impossible_sources(flag, value, words, tmp_path):
-    refused(seqgpt("corpus", "markov", "--out_dir", "m", f"--{flag}", value, cwd=tmp_path), words)
-    assert not (tmp_path/"m").exists()
 
 
 def test_corpora_are_not_overwritten(markov):
@@ -138,9 +115,8 @@ def measured(markov):
     lines = (folder/"m/sequences.jsonl").read_text().splitlines(True)
     (folder/"m/train.jsonl").write_text("".join(lines[:240]))
     (folder/"m/validation.jsonl").write_text("".join(lines[240:]))
-    result = seqgpt("train", "--data_path", "m/train.jsonl", "--validation_path", "m/validation.jsonl", *TINY,
+    result = worked("train", "--data_path", "m/train.jsonl", "--validation_path", "m/validation.jsonl", *TINY,
                     "--max_length", 24, "--num_epochs", 4, cwd=folder, drawn=False)
-    assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
 
@@ -232,8 +208,7 @@ def test_sequences_without_labels_have_a_lower_bound_too(measured, tmp_path):
     rows = read(folder/"m/validation.jsonl")
     (tmp_path/"some.jsonl").write_text("".join(json.dumps({"tokens": row["tokens"]}) + "\n" for row in rows))
     (tmp_path/"source.json").write_text((folder/"m/source.json").read_text())
-    result = evaluate_file(folder, "some.jsonl", "--num_samples", 0, cwd=tmp_path, drawn=False)
-    assert result.returncode == 0
+    assert evaluate_file(folder, "some.jsonl", "--num_samples", 0, cwd=tmp_path, drawn=False).returncode == 0
     labelled = metrics_of(folder/"outputs/best_model/evaluation")["floors"]
     assert metrics_of(tmp_path/"e")["floors"] == {"class inferred": labelled["class inferred"]}
 
@@ -242,9 +217,8 @@ def test_sequences_cut_off_have_a_lower_bound_too(markov):
     folder, _ = markov
     source, rows = corpus(folder)
     out = folder/f"cut{source['order']}"
-    result = seqgpt("train", "--data_path", "m/sequences.jsonl", "--max_length", 12, "--max_steps", 2,
-                    "--output_dir", out.name, *TINY, cwd=folder, drawn=False)
-    assert result.returncode == 0
+    worked("train", "--data_path", "m/sequences.jsonl", "--max_length", 12, "--max_steps", 2, "--output_dir", out.name,
+           *TINY, cwd=folder, drawn=False)
     metrics = metrics_of(out/"best_model/evaluation")
     nats = tokens = 0
     for k in json.loads((out/"split.json").read_text())["validation"]:
@@ -301,9 +275,7 @@ def test_samples_where_nobody_knows_the_rule(trained):
 
 def test_evaluate_without_the_training_data(melodies, tmp_path):
     write_lines(tmp_path/"gone", [{"tokens": t} for t, _ in melodies])
-    result = seqgpt("train", "--data_path", "gone", "--max_length", 16, "--max_steps", 2, *TINY, cwd=tmp_path,
-                    bare=True)
-    assert result.returncode == 0
+    worked("train", "--data_path", "gone", "--max_length", 16, "--max_steps", 2, *TINY, cwd=tmp_path, bare=True)
     (tmp_path/"gone").rename(tmp_path/"moved")
     def ask(*args): return evaluate_file(tmp_path, "moved", "--num_samples", 5, *args, cwd=tmp_path, drawn=False)
     result = ask()
@@ -344,12 +316,11 @@ def test_a_foreign_source_that_could_be_is_found_out(tmp_path):
     alike = ("--symbols 4 --branching 4 --classes 2 --min_length 6 --max_length 24 --concentration 0.1 "
              "--num_sequences 600").split()
     for seed in (0, 1):
-        result = seqgpt("corpus", "markov", "--out_dir", f"m{seed}", "--seed", seed, *alike, cwd=tmp_path)
-        assert result.returncode == 0
+        worked("corpus", "markov", "--out_dir", f"m{seed}", "--seed", seed, *alike, cwd=tmp_path)
     (tmp_path/"m0/source.json").write_bytes((tmp_path/"m1/source.json").read_bytes())
-    result = seqgpt("train", "--data_path", "m0", "--max_length", 24, "--num_epochs", 10, *TINY, cwd=tmp_path,
+    result = worked("train", "--data_path", "m0", "--max_length", 24, "--num_epochs", 10, *TINY, cwd=tmp_path,
                     drawn=False)
-    assert result.returncode == 0 and "source.json cannot be the source" in result.stdout, result.stdout
+    assert "source.json cannot be the source" in result.stdout, result.stdout
 
 
 def test_a_model_far_from_the_lower_bound_stays_in_the_picture():
