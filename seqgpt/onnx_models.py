@@ -45,11 +45,9 @@ class OnnxDecoder(Decoder):
 
     def prefill(self, ids):
         "All tokens at once."
-        batch_size = len(ids)
-        if self.padding is None: self.padding = ids.new_zeros(batch_size)
         self.seq_len = 0
         self.bound = None
-        self.kv_cache = [torch.zeros(batch_size, heads, 0, size) for heads, size in self.model.cache_shapes.values()]
+        self.kv_cache = [torch.zeros(len(ids), heads, 0, size) for heads, size in self.model.cache_shapes.values()]
         logits = self.decode(ids)
         if not (self.use_cache and self.kv_cache): self.seq_len = 0
         return logits
