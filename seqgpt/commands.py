@@ -267,7 +267,7 @@ def open_models(
     with ThreadPoolExecutor(1) as loader: # PyTorch's threads for this end with it, and make way for those that compute
         models = {task: loader.submit(open_model, path, task, runtime).result() for task, path in paths.items()}
     for model, _ in models.values():
-        if runtime != "onnx" and isinstance(model, torch.nn.Module) and torch.cuda.is_available(): model.cuda()
+        if isinstance(model, torch.nn.Module) and torch.cuda.is_available(): model.cuda()
     return models
 
 def serve_command(

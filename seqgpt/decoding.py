@@ -87,6 +87,7 @@ class Decoder:
     def __call__(self,
         ids: torch.Tensor, # (sequences, tokens): those of the call before and more, or their beginning
     ) -> torch.Tensor: # (sequences, vocabulary)
+        if self.padding is None: self.padding = ids.new_zeros(len(ids))
         self.seq_len = min(self.seq_len, ids.shape[1] - 1) # what is kept beyond that is overwritten
         if not self.seq_len: return self.prefill(ids)
         for token in ids[:, self.seq_len:].unbind(1): logits = self.decode(token)
@@ -99,8 +100,7 @@ class Decoder:
 @patch
 def prefill(self: Decoder, ids):
     "All tokens at once, through the model."
-    batch_size, seq_len = ids.shape
-    if self.padding is None: self.padding = ids.new_zeros(batch_size)
+    seq_len = ids.shape[1]
     place = torch.arange(seq_len, device=ids.device) - self.padding[:, None]
     positions = place.clamp(0, self.model.config.n_positions - 1) # one that has ended may be beyond the last
     cache = DynamicCache(config=self.model.config)
@@ -136,15 +136,13 @@ def select(self: Decoder,
 # %% ../nbs/library/decoding.ipynb #5de62b39
 @patch
 def attention_mask(self: Decoder,
-    batch_size: int, # Sequences
-    total: int, # Tokens, the new one included
+    total: int, # Tokens of each sequence, the new one included
 ) -> torch.Tensor: # (sequences * heads, 1, total)
     "Minus infinity where nothing may be seen: in the padding, and after the end of a shorter sequence."
     place = torch.arange(total, device=self.padding.device)
     last = torch.as_tensor(self.seq_len, device=place.device).view(-1, 1) # (1, 1), or (sequences, 1)
     hidden = (place < self.padding[:, None]) | (place > last)
-    zeros = torch.zeros(batch_size, total, dtype=self.model.transformer.wte.weight.dtype, device=place.device)
-    mask = zeros.masked_fill(hidden, -torch.inf)
+    mask = torch.zeros_like(hidden, dtype=self.model.transformer.wte.weight.dtype).masked_fill(hidden, -torch.inf)
     return mask.repeat_interleave(self.model.config.n_head, 0)[:, None] # the same for each head
 
 # %% ../nbs/library/decoding.ipynb #3bc4e017
@@ -156,7 +154,7 @@ def decode(self: Decoder,
     gpt = self.model.transformer
     total = int(torch.as_tensor(self.seq_len).max()) + 1
     self.make_room(total)
-    mask = self.attention_mask(len(token), total)
+    mask = self.attention_mask(total)
     position = (self.seq_len - self.padding).clamp(max=len(gpt.wpe.weight) - 1) # as in `prefill`
     x = F.embedding(token, gpt.wte.weight) + F.embedding(position, gpt.wpe.weight)
     for layer, block in enumerate(self.blocks):

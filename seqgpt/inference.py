@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['next_logits', 'likeliest', 'next_tokens', 'text_bars', 'one_thread', 'make_sampler', 'stream', 'Sample',
-           'sample_html', 'images_html', 'Samples', 'continue_rows', 'decode_sample', 'generate', 'completions']
+           'sample_html', 'plot_samples', 'images_html', 'Samples', 'continue_rows', 'decode_sample', 'generate',
+           'completions']
 
 # %% ../nbs/05_inference.ipynb #d3e285b6
 import contextlib
@@ -173,14 +174,22 @@ def sample_html(
     given, new = map(escape, sample.texts())
     return f"<p><mark>{given}</mark> {new}{sample.dots}</p>"
 
+def plot_samples(
+    samples: list[Sample], # Of pixels
+    vocab: dict[str, int], # Of their tokenizer
+    columns: int = 10, # Pictures in a row
+):
+    "Draws samples as pictures, with what was given tinted; returns the figure."
+    given = ~np.isnan(to_images([s.tokens[:s.given] for s in samples], vocab))
+    return plot_images(to_images([s.tokens for s in samples], vocab), columns=columns, given=given)
+
 def images_html(
     samples: list[Sample], # Of pixels
     vocab: dict, # Of their tokenizer
 ) -> str: # An image in HTML
-    "Samples as pictures, with what was given tinted."
+    "Samples as pictures in a text."
     import matplotlib.pyplot as plt
-    given = ~np.isnan(to_images([s.tokens[:s.given] for s in samples], vocab))
-    figure = plot_images(to_images([s.tokens for s in samples], vocab), given=given)
+    figure = plot_samples(samples, vocab)
     png = BytesIO()
     figure.savefig(png, format="png", dpi=120)
     plt.close(figure)

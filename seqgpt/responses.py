@@ -117,20 +117,16 @@ class ChoiceWriter:
         finish_reason: str | None, # None: it goes on
     ) -> dict:
         "A `CompletionChoice` of what is new; the first one also has what is asked for about the prompt."
-        if self.started: return self.write_part(tokens, finish_reason, echoed=[])
+        is_first = not self.started
         self.started = True
-        echoed = self.echoed() if self.body.echo else []
-        return self.write_part(tokens, finish_reason, echoed) | self.about_prompt()
-
-    def write_part(self, tokens, finish_reason, echoed):
-        "A `CompletionChoice` of tokens, with those of the prompt before them that are sent back."
+        echoed = self.echoed() if is_first and self.body.echo else []
         shown = echoed + tokens
         text, offsets = self.add_text(shown, len(echoed))
         part = {"index": self.index, "text": text, "finish_reason": finish_reason, "logprobs": None}
         top = self.body.logprobs
         if top is not None: part["logprobs"] = to_logprobs(shown, offsets, self.symbols, top)
         if self.body.return_token_ids: part["token_ids"] = [t.id for t in shown]
-        return part
+        return part | self.about_prompt() if is_first else part
 
     def about_prompt(self):
         "The ids of the prompt and what the model expected in their places, as far as it is asked for."

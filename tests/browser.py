@@ -11,15 +11,15 @@ HERE = ("http://127.0.0.1", "http://localhost", "ws://127.0.0.1", "data:", "blob
 MINUTES = 5*60_000 # that a page may take for anything, in milliseconds: the machine may be busy
 
 
-@contextmanager
-def launched():
+@pytest.fixture(scope="module")
+def chromium():
     "A browser, for the tests of a whole file: starting one takes seconds."
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium and not os.environ.get("CI"): pytest.skip("Chromium is not installed")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not program and not os.environ.get("CI"): pytest.skip("Chromium is not installed")
     from playwright.sync_api import expect, sync_playwright
     expect.set_options(timeout=MINUTES)
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=FLAGS, timeout=MINUTES)
+        running = playwright.chromium.launch(executable_path=program, args=FLAGS, timeout=MINUTES)
         try: yield running
         finally: running.close()
 

@@ -26,6 +26,7 @@ import fastcore.docments
 import matplotlib.figure
 import numpy as np
 import pytest
+from browser import chromium # noqa: F401, a fixture
 from filelock import FileLock
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -126,6 +127,10 @@ def write_lines(folder, lines, vocab=VOCAB):
     written = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     (folder/"data.jsonl").write_bytes(b"\n".join(written) + b"\n")
     return folder/"data.jsonl"
+
+
+def read_json(path): return json.loads(path.read_text())
+def read_lines(path): return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_named(folder, melodies):

@@ -134,16 +134,6 @@ def test_logits_are_those_of_the_model_whatever_was_kept():
     assert decoder.kv_cache[0].shape[-1] < 400
 
 
-def test_padding_does_not_count():
-    model = random_model(scale=3)
-    ids = torch.randint(4, len(VOCAB), (2, 30))
-    alone = Decoder(model)
-    decoder = Decoder(model, torch.tensor([0, 9]))
-    padded = ids.clone()
-    padded[1, :9] = 0
-    for n in range(10, 31): assert torch.allclose(alone(ids[1:, 9:n]), decoder(padded[:, :n])[1:], atol=1e-4), n
-
-
 def test_half_precision():
     model = random_model(scale=3)
     ids = torch.randint(4, len(VOCAB), (3, 120))

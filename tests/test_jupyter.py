@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from browser import launched, tab
+from browser import tab
 from conftest import ROOT
 from test_project import JUPYTER, LAB, RUN
 
@@ -136,8 +136,8 @@ def saved(response):
 
 
 @pytest.mark.parametrize("notebook", [LAB]) # so that `-k` finds it
-def test_jupyterlab_runs_a_notebook_and_answers(notebook, lab, folder):
-    with launched() as chromium, tab(chromium, viewport={"width": 1280, "height": 900}) as page:
+def test_jupyterlab_runs_a_notebook_and_answers(notebook, lab, folder, chromium):
+    with tab(chromium, viewport={"width": 1280, "height": 900}) as page:
         page.goto(f"{lab}tree/{IN_LAB}")
         run_all(page)
         page.locator(".jp-OutputArea-output table.dataframe").first.scroll_into_view_if_needed() # of the progress

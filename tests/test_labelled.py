@@ -1,5 +1,4 @@
 "Labels in front of sequences: writing such a corpus, asking for a label, guidance."
-import json
 import re
 import shutil
 from unittest.mock import patch
@@ -7,7 +6,9 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, NOTES, TINY, VOCAB, refused, seqgpt, worked, write_lines
+from browser import tab
+from conftest import NAMES, NOTES, TINY, VOCAB, read_json, read_lines, refused, seqgpt, worked, write_lines
+from playwright.sync_api import expect
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from seqgpt.corpora import digits_shape
@@ -16,6 +17,8 @@ from seqgpt.inference import generate
 from seqgpt.loading import load_model
 from seqgpt.onnx_folder import FORMS
 from seqgpt.prompts import encode_prompt
+from seqgpt.service import Service
+from seqgpt.serving import make_app, serve_in_thread
 from seqgpt.tokenizer import load_tokenizer, make_tokenizer
 
 WORDS = ["down", "up"]
@@ -36,7 +39,7 @@ def generate_by_command(folder, *args):
     return seqgpt("infer", "--model_path", "m/best_model", "--mode", "generate", *args, cwd=folder)
 
 
-def sequences(folder): return [json.loads(line)["tokens"] for line in open(folder/"labelled/sequences.jsonl")]
+def sequences(folder): return [line["tokens"] for line in read_lines(folder/"labelled/sequences.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +78,8 @@ def exported(digits, once):
 
 
 def test_the_corpus_is_the_same_but_for_the_labels(labelled):
-    before = [json.loads(line) for line in open(labelled/"plain/data.jsonl")]
-    after = [json.loads(line) for line in open(labelled/"labelled/sequences.jsonl")]
+    before = read_lines(labelled/"plain/data.jsonl")
+    after = read_lines(labelled/"labelled/sequences.jsonl")
     with_label = 0
     for old, new in zip(before, after, strict=True):
         tokens = new["tokens"]
@@ -85,7 +88,7 @@ def test_the_corpus_is_the_same_but_for_the_labels(labelled):
             assert tokens.pop(0) == f"label:{old['label']}"
         assert tokens == old["text"].split() and "label" not in new
     assert 0.7 < with_label/len(after) < 0.9
-    vocab = json.loads((labelled/"labelled/vocab.json").read_text())
+    vocab = read_json(labelled/"labelled/vocab.json")
     assert vocab == {**VOCAB, "label:down": 9, "label:up": 10}
 
 
@@ -145,7 +148,7 @@ def test_samples_have_the_label_of_the_prompt(word, labelled):
 
 
 def test_training_samples_ten_of_each(labelled):
-    rows = [json.loads(line) for line in open(labelled/"m/samples.jsonl")]
+    rows = read_lines(labelled/"m/samples.jsonl")
     assert [r["tokens"][0] for r in rows] == ["label:down"]*10 + ["label:up"]*10
     assert all(r["given"] == 1 for r in rows)
 
@@ -194,26 +197,27 @@ def test_an_unlabelled_model_goes_on_with_labels(labelled):
 
 
 def test_labelled_digits_are_still_pictures(digits):
-    assert digits_shape(json.loads((digits/"labelled/vocab.json").read_text())) == (8, 2)
+    assert digits_shape(read_json(digits/"labelled/vocab.json")) == (8, 2)
     printed = (digits/"printed.txt").read_text()
     assert "as the digit of their label" in printed
     assert re.search(r"^m/samples.jsonl: \d+ samples.\nm/samples.png: of ", printed, re.M) # both files are named
     assert (digits/"m/samples.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("flavour", ["served", "exported"])
-def test_the_page_asks_for_a_label(flavour, exported):
-    "What is drawn begins with the label, and nothing else is given."
-    from browser import launched, tab
-    from playwright.sync_api import expect
-
-    from seqgpt.service import Service
-    from seqgpt.serving import make_app, serve_in_thread
+@pytest.fixture(params=["served", "exported"])
+def address(request, exported):
+    "That of the page of the model."
     folder = exported/"m/best_model"
-    model = load_model(folder)
-    tokenizer = load_tokenizer(folder)
+    if request.param == "exported": yield next((folder/"onnx").glob("*.html")).as_uri()
+    else:
+        service = Service((load_model(folder), load_tokenizer(folder)))
+        with serve_in_thread(make_app(service)) as url: yield url
 
-    def check(page):
+
+def test_the_page_asks_for_a_label(address, chromium):
+    "What is drawn begins with the label, and nothing else is given."
+    with tab(chromium) as page:
+        page.goto(address)
         expect(page.locator("#label option")).to_have_text(["any", *"0123456789"])
         page.select_option("#label", label="7")
         expect(page.locator("#rows")).to_have_value("0")
@@ -221,16 +225,4 @@ def test_the_page_asks_for_a_label(flavour, exported):
         page.locator("#go").click()
         expect(page.locator("body")).not_to_have_attribute("aria-busy", "true")
         assert page.locator("#tokens mark").text_content() == "label:7"
-
-    with launched() as chromium, tab(chromium) as page:
-        if flavour == "exported":
-            html = next((folder/"onnx").glob("*.html"))
-            page.goto(html.as_uri())
-            expect(page.locator("#go")).to_be_visible(timeout=60_000)
-            check(page)
-        else:
-            with serve_in_thread(make_app(Service((model, tokenizer)))) as url:
-                page.goto(url)
-                expect(page.locator("#go")).to_be_visible(timeout=60_000)
-                check(page)
         assert page.wrong == []

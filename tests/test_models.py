@@ -118,8 +118,6 @@ def test_activation(name, tmp_path):
 
 @pytest.mark.parametrize("fields, says", [
     (dict(resid_pdrop=1), "resid_pdrop is 1. It is the share"),
-    (dict(embd_pdrop=1.0), "embd_pdrop is 1"),
-    (dict(attn_pdrop=1.0), "attn_pdrop is 1"),
     (dict(summary_first_dropout=7), "summary_first_dropout is 7"),
     (dict(layer_norm_epsilon=-1), "layer_norm_epsilon is -1.0. It must be 0 or more"),
     (dict(n_inner=8.5), "n_inner"),

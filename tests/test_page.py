@@ -9,14 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from browser import launched, tab
+from browser import tab
 from playwright.sync_api import expect
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from seqgpt.checks import InputError
 from seqgpt.corpora import digit_vocab
 from seqgpt.export import to_onnx
 from seqgpt.inference import generate, make_sampler, next_logits
+from seqgpt.model import label_fields
 from seqgpt.onnx_folder import write_page
 from seqgpt.prompts import encode_prompt
 from seqgpt.tokenizer import make_tokenizer, save_tokenizer
@@ -42,6 +43,13 @@ def talker():
     return model
 
 
+def listener(classes):
+    "A classifier for either vocabulary, as sure of itself; to be made after `talker`, which seeds it."
+    config = GPT2Config(vocab_size=len(MELODY), n_positions=80, n_layer=1, n_head=2, n_embd=16, initializer_range=1.0,
+                        pad_token_id=3, **label_fields(classes))
+    return GPT2ForSequenceClassification(config).eval()
+
+
 def talking(folder):
     "The model as an exported file."
     to_onnx(talker(), folder/"fast.onnx", "in place")
@@ -64,11 +72,6 @@ def both(once):
         return SimpleNamespace(model=model, tokenizer=tokenizers[name], file=folder/name/"fast.onnx",
                                page=folder/name/"page.html", vocab=names[name])
     return {name[:6]: made(name) for name in names}
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with launched() as running: yield running
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from browser import launched, tab
+from browser import tab
 from playwright.sync_api import expect
 from test_page import (
     BREAKS,
@@ -19,11 +19,11 @@ from test_page import (
     given,
     goes,
     greedy,
+    listener,
     percent,
     talker,
     true_bars,
 )
-from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from seqgpt.classification import predict
 from seqgpt.engine import QueueFull
@@ -40,10 +40,7 @@ CLASSES = ["</ul><b>", "ja zz", *"23456789"]
 def made():
     "The same two models with two vocabularies."
     model = talker()
-    names = dict(enumerate(CLASSES))
-    config = GPT2Config(vocab_size=len(MELODY), n_positions=80, n_layer=1, n_head=2, n_embd=16, initializer_range=1.0,
-                        pad_token_id=3, id2label=names, label2id={c: k for k, c in names.items()})
-    classifier = GPT2ForSequenceClassification(config).eval()
+    classifier = listener(CLASSES)
     def with_vocab(vocab):
         tokenizer = make_tokenizer({s: i for i, s in enumerate(vocab)})
         return SimpleNamespace(model=model, classifier=classifier, vocab=vocab, tokenizer=tokenizer)
@@ -56,11 +53,6 @@ def digits(made): return made["digits"]
 
 @pytest.fixture
 def melody(made): return made["melody"]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with launched() as running: yield running
 
 
 @pytest.fixture
@@ -291,11 +283,7 @@ def test_any_sequence_and_hostile_symbols(melody, page):
             assert given(page) == prompt.replace("[START] ", "").split()
             says(page, melody, [*given(page), *[s for s in added(page) if s != "…"]])
         assert page.locator("img, b").count() == 0 and page.title() == "Continue a sequence"
-        field.fill("C4 H9")
-        expect(page.get_by_role("alert")).to_have_text("Symbol 2, H9, is not in the vocabulary.")
         field.fill("C4 D")
-        options = page.locator("#completions option")
-        assert options.evaluate_all("all => all.map(o => o.value)") == ["C4 D4"]
         page.locator("#bars button").first.click() # the one after what could be read last
 
 

@@ -25,8 +25,7 @@ import pytest
 import torch
 from conftest import refused, seqgpt
 from prometheus_client.parser import text_string_to_metric_families
-from test_page import MELODY, talker, talking
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from test_page import MELODY, listener, talker, talking
 
 from seqgpt.checks import InputError
 from seqgpt.inference import generate
@@ -46,13 +45,8 @@ CLASSES = ["up", "down", "</b>"]
 @pytest.fixture(scope="module")
 def made():
     "A language model and a classifier that have learnt nothing, but are sure of themselves; and their tokenizer."
-    language = talker() # seeds the classifier too
-    names = dict(enumerate(CLASSES))
-    config = GPT2Config(vocab_size=len(MELODY), n_positions=80, n_layer=1, n_head=2, n_embd=16, initializer_range=1.0,
-                        pad_token_id=3, id2label=names, label2id={c: k for k, c in names.items()})
-    classifier = GPT2ForSequenceClassification(config).eval()
     tokenizer = make_tokenizer({s: i for i, s in enumerate(MELODY)})
-    return SimpleNamespace(model=language, tokenizer=tokenizer, classifier=classifier)
+    return SimpleNamespace(model=talker(), classifier=listener(CLASSES), tokenizer=tokenizer)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from functools import partial
 from urllib.parse import unquote, urldefrag
 
 import pytest
-from browser import launched, tab
+from browser import tab
 from bs4 import BeautifulSoup
 from conftest import ROOT
 
@@ -44,11 +44,6 @@ def address(site):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with launched() as running: yield running
 
 
 def notebooks():

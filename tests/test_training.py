@@ -221,7 +221,6 @@ def test_a_model_that_is_replaced_while_it_is_loaded_comes_with_its_own_tokenize
     def replaced_first(folder):
         if not others: others.append(small_model(folder, "ba"))
         return load(folder)
-        return load(folder)
     monkeypatch.setattr("seqgpt.loading.load_tokenizer", replaced_first)
     model, tokenizer = load_folder(tmp_path/"best_model")
     assert tokenizer.convert_ids_to_tokens([4, 5]) == ["b", "a"]

@@ -158,7 +158,6 @@ def test_low_rank_additions_are_merged(task, optimizer, trained, tmp_path):
     (["--lora_rank", -1], ["lora_rank is -1"]),
     (["--lora_rank", 2, "--frozen_layers", 2], ["no block to add to"]),
     (["--new_symbols", "zero"], ["mean, normal, random"]),
-    (["--n_layer", 3], ["n_layer is 3", "has 2"]),
     (["--max_length", 1], ["max_length is 1"]),
     (["--model.n_inner", 50], ["n_inner is 50", "has 64"]),
     (["--model.tie_word_embeddings", "false"], ["tie_word_embeddings is False", "has True"]),
