@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STOP_SIGNALS', 'DIVERGED', 'NOT_FINITE', 'STAYS_HIGH', 'HIGH_FACTOR', 'HIGH_LOGS', 'HIGH_STEPS', 'OUT_OF_MEMORY',
            'OUT_OF_MEMORY_WITH_ONE', 'StopOnSignal', 'mute_closed_terminal', 'Interrupted', 'Diverged',
-           'diverged_message', 'blind_loss', 'not_finite', 'StopWhenDiverged', 'OutOfMemory', 'out_of_memory',
-           'suggest_batch_size', 'Bar', 'validation_header', 'validation_line', 'KeepBest']
+           'diverged_message', 'blind_loss', 'not_finite', 'StopWhenDiverged', 'OutOfMemory', 'suggest_batch_size',
+           'Bar', 'validation_header', 'validation_line', 'KeepBest']
 
 # %% ../nbs/library/callbacks.ipynb #95994ed7
 import contextlib
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
+from .checks import out_of_memory
 from .devices import gather_model
 from .metrics import out_of_patience, recent_loss, validation_metrics
 from .progress import tqdm
@@ -144,13 +144,6 @@ OUT_OF_MEMORY_WITH_ONE = (
 
 class OutOfMemory(RuntimeError):
     "A training step that did not fit into memory; the message says what to lower."
-
-def out_of_memory(
-    error: Exception,
-) -> bool:
-    "Whether an error of PyTorch, CUDA or oneDNN says that memory ran out."
-    if isinstance(error, MemoryError) or should_reduce_batch_size(error): return True
-    return str(error) == "could not create a primitive" # oneDNN's words for it
 
 @contextlib.contextmanager
 def suggest_batch_size(

@@ -13,14 +13,13 @@ import difflib
 import errno
 import importlib
 import os
-import re
 import signal
 import sys
 import threading
 from dataclasses import dataclass
 
 from .arguments import printable, read_flags, split_files
-from .checks import InputError
+from .checks import InputError, out_of_memory
 from .config import preset, read_settings
 
 # %% ../nbs/10_cli.ipynb #b319ecb2
@@ -128,8 +127,7 @@ def explain(
         if extra:
             return (f"the package {error.name} is not installed. "
                     f"It belongs to an extra: pip install 'seqgpt[{extra}]'")
-    memory = "out of memory|allocate memory|could not create a primitive"
-    if isinstance(error, MemoryError) or re.search(memory, str(error)):
+    if out_of_memory(error):
         return f"out of memory. {MEMORY_REMEDIES.get(verb, 'Close other programs, or make it smaller.')}"
     code = getattr(error, "errno", None)
     if code in PATH_ERRORS: return f"{error.filename}: {error.strerror}. Choose another place."

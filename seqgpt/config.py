@@ -199,9 +199,10 @@ def read_settings(
     remedy = "Settings are written as name: value, a line for each."
     text = read_text(path, remedy, 2**20)
     try: found = yaml.load(text, PlainYaml) # noqa: S506, which is a kind of SafeLoader
-    except Exception as e:
-        said = " ".join(str(e).split()).replace(' in "<unicode string>"', "")
-        raise InputError(f"{path}: not YAML ({said}). {remedy}") from e
+    except yaml.MarkedYAMLError as e:
+        raise InputError(f"{path}, line {e.problem_mark.line + 1}: cannot be read as settings: {e.problem}. {remedy}") from e
+    except Exception as e: # a number of too many digits, brackets in brackets without end
+        raise InputError(f"{path}: cannot be read as settings: {' '.join(str(e).split())}. {remedy}") from e
     if not isinstance(found, dict): raise InputError(f"{path}: no settings in it. {remedy}")
     return found
 
@@ -214,8 +215,12 @@ class PlainYaml(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         found = super().construct_mapping(node, deep)
-        if len(found) == len(node.value): return found
-        raise yaml.constructor.ConstructorError(None, None, "found a name twice", node.start_mark)
+        names = set()
+        for name, _ in node.value:
+            if name.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{name.value} is there twice", name.start_mark)
+            names.add(name.value)
+        return found
 # 3e-4 is a number, and 2026-01-31 may be the name of a folder
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 PlainYaml.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, [*"+-.0123456789"])

@@ -46,6 +46,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = None
+        if closure:
+            with torch.enable_grad(): loss = closure()
         matrices, *self.adamw.param_groups = self.param_groups
         self.adamw.state = self.state
         slow_in_bf16 = matrices["params"][0].is_cpu and pick_precision() == "fp32"
@@ -58,3 +61,4 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - matrices["lr"]*matrices["weight_decay"])
             p.add_(update, alpha=-matrices["lr"]*0.2*max(p.shape)**0.5)
         self.adamw.step()
+        return loss

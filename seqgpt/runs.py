@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import TrainerState
 
 from .checkpoints import checkpoints_in, read_checkpoint, resume_command, weights_fit
-from .checks import InputError, finish_replace, read_json
+from .checks import InputError, finish_replacements, read_json
 from .config import Config, read_config, write_config
 from .data import Split, class_names, count_shared
 from .encoding import Corpus
@@ -132,8 +132,7 @@ def find_checkpoint(
     config = run.config
     check_no_links(out)
     if config.overwrite: return None, False
-    for folder in (out, out/"checkpoints"):
-        for new in folder.glob(".*.new/"): finish_replace(folder/new.stem[1:])
+    for folder in (out, out/"checkpoints"): finish_replacements(folder)
     checkpoint, state = newest_checkpoint(out/"checkpoints")
     if not config.resume:
         check_free(out, checkpoint)

@@ -247,8 +247,8 @@ main({argv})
 
 @pytest.mark.parametrize("name, reader", [
     ("best_model", None), ("best_model", load_folder),
-    (".best_model.new", None), (".best_model.new", load_folder), (".best_model.new", task_of),
-    (".best_model.new", existing_model), # as the command line checks it first
+    (".best_model.seqgpt.new", None), (".best_model.seqgpt.new", load_folder), (".best_model.seqgpt.new", task_of),
+    (".best_model.seqgpt.new", existing_model), # as the command line checks it first
 ])
 def test_killed_while_a_folder_is_replaced(fresh, undisturbed, name, reader):
     "Before the old one loses its name, or before the new one gets it; and then it is asked for, or not."
@@ -256,7 +256,7 @@ def test_killed_while_a_folder_is_replaced(fresh, undisturbed, name, reader):
     ran = ask(code=KILLED.format(name=name, argv=[*map(str, RUN)]))
     assert "(exit code -9)" in ran["printed"], ran
     best = folder/"outputs/best_model"
-    new = folder/"outputs/.best_model.new"
+    new = folder/"outputs/.best_model.seqgpt.new"
     assert new.exists() and best.exists() == (name == "best_model")
     if reader: assert reader(best)
     if reader: assert best.exists() and new.exists() == (name == "best_model")
@@ -266,7 +266,7 @@ def test_killed_while_a_folder_is_replaced(fresh, undisturbed, name, reader):
 def test_killed_while_a_folder_is_replaced_and_not_resumed(fresh):
     "What is there is still refused, as is any earlier run."
     folder, ask = fresh
-    ask(code=KILLED.format(name=".best_model.new", argv=[*map(str, RUN)]))
+    ask(code=KILLED.format(name=".best_model.seqgpt.new", argv=[*map(str, RUN)]))
     shutil.rmtree(folder/"outputs/checkpoints")
     refused, = ask(*RUN)
     assert refused["code"] == 2 and "outputs: holds an earlier run" in refused["err"], refused

@@ -233,7 +233,7 @@ def test_a_model_is_loaded_when_the_old_one_has_lost_its_name_and_the_new_one_ha
     loaded = []
     rename = Path.rename
     def load_first(path, target):
-        if path.name == ".best_model.new": # the last step of the writing process
+        if path.name == ".best_model.seqgpt.new": # the last step of the writing process
             monkeypatch.undo()
             assert not best.exists()
             loaded.append(load_folder(best))
