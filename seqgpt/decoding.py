@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from transformers import DynamicCache
 
+from .cpu import small_batch_linear
+
 # %% ../nbs/library/decoding.ipynb #6efb41a3
 class DecoderBlock:
     "A block of GPT-2 for the newest token of each sequence, (sequences, dimensions)."
@@ -30,12 +32,11 @@ class DecoderBlock:
         self.ln_1, self.c_attn, self.attn_proj, self.ln_2, self.c_fc, self.mlp_proj = (
             (layer.weight, layer.bias) for layer in layers)
 
-    def linear(self, x, weight, bias): return torch.addmm(bias, x, weight)
     def norm(self, x, weight, bias): return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
     def qkv(self, x):
         "Query, key and value, (sequences, heads, size) each."
-        qkv = self.linear(self.norm(x, *self.ln_1), *self.c_attn)
+        qkv = small_batch_linear(self.norm(x, *self.ln_1), *self.c_attn)
         return qkv.view(len(x), 3, self.n_head, -1).unbind(1)
 
     def attend(self,
@@ -49,12 +50,12 @@ class DecoderBlock:
         q = q.reshape(len(mask), 1, -1)
         attn_weights = torch.baddbmm(mask, q, keys, alpha=self.scaling).softmax(-1)
         mixed = torch.bmm(attn_weights, values).view(batch_size, -1)
-        return self.linear(mixed, *self.attn_proj)
+        return small_batch_linear(mixed, *self.attn_proj)
 
     def mlp(self, x):
         "The feed-forward part."
-        up = self.linear(self.norm(x, *self.ln_2), *self.c_fc)
-        return self.linear(self.activation(up), *self.mlp_proj)
+        up = small_batch_linear(self.norm(x, *self.ln_2), *self.c_fc)
+        return small_batch_linear(self.activation(up), *self.mlp_proj)
 
 # %% ../nbs/library/decoding.ipynb #83e89ad3
 def pad_left(

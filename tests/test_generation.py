@@ -10,6 +10,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from seqgpt import cpu
 from seqgpt.checks import InputError
 from seqgpt.decoding import Decoder
 from seqgpt.evaluation import evaluate
@@ -300,3 +301,15 @@ def test_spaces_may_be_left_out_where_each_symbol_is_one_character(monkeypatch):
     assert not asked # the vocabulary is looked at once
     proteins.add_tokens("GAP")
     assert not one_character_each(proteins, len(proteins)) and split_symbols(proteins, "GAP MK") == ["GAP", "MK"]
+
+
+@pytest.mark.parametrize("rows", [2, 8, 33])
+def test_onednn_multiplies_as_addmm_does(rows, monkeypatch):
+    """Red with a new PyTorch: `torch.ops.mkldnn._linear_pointwise` takes or gives something else, so on AMD's processors
+    generation is wrong; let `cpu.small_batch_linear` use `addmm` alone, which is slower there."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"): pytest.fail("PyTorch has no `_linear_pointwise` any more.")
+    monkeypatch.setattr(cpu, "has_slow_mkl", lambda: True)
+    x = torch.randn(rows, 24)
+    weight = torch.randn(24, 72)
+    bias = torch.randn(72)
+    assert torch.allclose(cpu.small_batch_linear(x, weight, bias), torch.addmm(bias, x, weight), atol=1e-5)

@@ -117,6 +117,7 @@ def test_only_tests_mock(path):
 
 # Where a library has no public way, one place reaches into it, says why, and has a test of its own
 PRIVATE = {
+    ("cpu", "small_batch_linear"): {"_linear_pointwise"}, # test_generation.py::test_onednn_multiplies_as_addmm_does
     ("data", "column"): {"_indices"}, # test_data.py::test_a_column_of_selected_rows_has_their_values
     ("trainer", "_load_from_checkpoint"): {"_load_from_checkpoint"}, # test_processes.py::test_weights_are_loaded_by_us
 }
