@@ -200,7 +200,8 @@ def read_settings(
     text = read_text(path, remedy, 2**20)
     try: found = yaml.load(text, PlainYaml) # noqa: S506, which is a kind of SafeLoader
     except yaml.MarkedYAMLError as e:
-        raise InputError(f"{path}, line {e.problem_mark.line + 1}: cannot be read as settings: {e.problem}. {remedy}") from e
+        where = f"{path}, line {e.problem_mark.line + 1}"
+        raise InputError(f"{where}: cannot be read as settings: {e.problem}. {remedy}") from e
     except Exception as e: # a number of too many digits, brackets in brackets without end
         raise InputError(f"{path}: cannot be read as settings: {' '.join(str(e).split())}. {remedy}") from e
     if not isinstance(found, dict): raise InputError(f"{path}: no settings in it. {remedy}")

@@ -605,14 +605,14 @@ SETTINGS = {
     "model: {auto_map: {}}": ["auto_map"],
     "model: {torch_dtype: float16}": ["torch_dtype"],
     "!!python/object/apply:os.system ['touch evil']": ["cannot be read", "could not determine a constructor"],
-    "seed: !!python/object/apply:os.system ['touch evil']": ["line 1, column 7"],
+    "seed: !!python/object/apply:os.system ['touch evil']": ["line 1"],
     "seed: !!python/name:os.system": ["constructor"],
     "model: !!python/object/new:dict {}": ["constructor"],
     "seed: !!python/module:os": ["constructor"],
     "!!python/object/apply:subprocess.run\nargs: [[touch, evil]]": ["constructor"],
     "seed: !mine 1": ["constructor"],
     BOMB: ["found an alias", "line 2"],
-    "seed: &a 1\nn_layer: *a": ["found an alias", "line 2, column 10"],
+    "seed: &a 1\nn_layer: *a": ["found an alias", "line 2: "],
     "a: &a [*a]": ["alias"],
     "seed: 1\nseed: 2": ["line 2", "seed is there twice"],
     "model: {n_inner: 8, n_inner: 16}": ["n_inner is there twice"],
@@ -1206,7 +1206,7 @@ for command in (INFER, [*EVALUATE, MODEL], TUNE):
              (f"{MODEL}/model.safetensors", command, "model.safetensors: cannot be opened")]
 CLASSIFY = ["infer", "--mode", "classify", "--prompt", "C4 D4", "--model_path", "c/best_model"]
 SAID += [
-    (f"{MODEL}/config.yaml", [*INFER, "--num_prompts", 2], "config.yaml: cannot be read"),
+    (f"{MODEL}/config.yaml", [*INFER, "--num_prompts", 2], "config.yaml, line 1: cannot be read"),
     ("outputs/split.json", [*EVALUATE, MODEL], "split.json: not JSON"),
     ("c/best_model/config.json", CLASSIFY, "config.json: not JSON"),
     ("c/best_model/config.json", [*EVALUATE, "c/best_model"], "config.json: not JSON"),
