@@ -305,8 +305,8 @@ def test_spaces_may_be_left_out_where_each_symbol_is_one_character(monkeypatch):
 
 @pytest.mark.parametrize("rows", [2, 8, 33])
 def test_onednn_multiplies_as_addmm_does(rows, monkeypatch):
-    """Red with a new PyTorch: `torch.ops.mkldnn._linear_pointwise` takes or gives something else, and generation is wrong
-    on AMD's processors; let `cpu.small_batch_linear` use `addmm` alone, which is slower there."""
+    """Red with a new PyTorch: `torch.ops.mkldnn._linear_pointwise` takes or gives something else, and generation is
+    wrong on AMD's processors; let `cpu.small_batch_linear` use `addmm` alone, which is slower there."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"): pytest.fail("PyTorch has no `_linear_pointwise` any more.")
     monkeypatch.setattr(cpu, "has_slow_mkl", lambda: True)
     x = torch.randn(rows, 24)
