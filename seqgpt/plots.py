@@ -209,8 +209,9 @@ def save_figure(
 ):
     "Writes a figure into a file."
     import matplotlib.pyplot as plt
-    with atomic_write(path) as part: figure.savefig(part, format="png", dpi=120)
-    plt.close(figure)
+    try:
+        with atomic_write(path) as part: figure.savefig(part, format="png", dpi=120)
+    finally: plt.close(figure)
 
 def save_curves(
     history: list[dict], # Of a `Run`

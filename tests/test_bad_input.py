@@ -17,6 +17,7 @@ import unicodedata
 from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -1190,6 +1191,7 @@ def test_questions_that_cannot_be_answered(flags, copied):
 @pytest.mark.parametrize("flags", MEASURE)
 def test_measurements_that_cannot_be(flags, copied):
     command_refuses(*EVALUATE, "outputs/best_model", *flags.split(" "), cwd=copied)
+    assert not plt.get_fignums() # what was drawn for a place that cannot be written to is gone
 
 
 NEW = ["--output_dir", "new"]
